@@ -1,0 +1,57 @@
+"""Who of the learner's models is on GPUs that engines use too.
+
+generating      nobody        the engines have weights and KV cache
+weight sync     the policy    without its optimizer; the engines have weights, no cache
+training        everybody     the engines sleep; an optimizer comes for its updates
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from skyrl_train.learner.policy import Handle
+
+
+class Residents:
+    """Moves models between the GPUs and the host.
+
+    Args:
+        policy: it is needed for a weight sync.
+    """
+
+    def __init__(self, policy: Handle) -> None:
+        self.policy, self.others = policy, list[Handle]()
+        self._seconds: dict[str, float] = {}
+        self._bytes: dict[str, float] = {}
+
+    def add(self, model: Handle) -> None:
+        """One more model on these GPUs."""
+        self.others.append(model)
+
+    async def nobody(self) -> None:
+        """The GPUs are the engines'."""
+        await self._call("offload", "offload", [self.policy, *self.others])
+
+    async def policy_only(self) -> None:
+        """What a weight sync needs."""
+        await self._call("offload", "offload", self.others)
+        await self._call("offload", "make_room", [self.policy])
+        await self._call("onload", "onload", [self.policy])
+
+    async def everybody(self) -> None:
+        """The GPUs are the learner's."""
+        await self._call("onload", "onload", [self.policy, *self.others])
+
+    def metrics(self) -> dict[str, float]:
+        """Seconds and GB of the moves since the last call."""
+        found = {f"memory/{name}_s": value for name, value in self._seconds.items()}
+        found |= {f"memory/{name}_GB": value / 1e9 for name, value in self._bytes.items()}
+        self._seconds, self._bytes = {}, {}
+        return found
+
+    async def _call(self, name: str, method: str, models: list[Handle]) -> None:
+        begun = time.monotonic()
+        moved = await asyncio.gather(*(model.workers.all(method) for model in models))
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - begun
+        self._bytes[name] = self._bytes.get(name, 0.0) + sum(map(sum, moved))

@@ -1,0 +1,226 @@
+"""Sequences in one row without padding; a prompt that several responses share stands there once.
+
+    row        p p p | a a | b b b | q q | c          three responses to two prompts
+    position   0 1 2   3 4   3 4 5   0 1   2
+    sees               p,a   p,b           q,c
+
+Linear layers then compute each token once. For attention, responses are gathered into blocks of similar length whose
+keys are the shared prompt and the response's own tokens, so its work too follows the real tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from skyrl_train.models.varlen import Run, VarlenPlan, gpu_kernel, takes
+
+SHORT = 16
+"""Segments up to this length count as equally long."""
+WASTE = 1.25
+"""In a block, queries and keys are padded to at most this many times the least (together: its square)."""
+
+
+@dataclass(slots=True)
+class Block:
+    """``n`` segments attended together, padded to ``R`` queries and ``K`` keys each."""
+
+    queries: Tensor
+    """``[n, R]``: positions in the row; a padded one repeats its segment's first."""
+    keys: Tensor
+    """``[n, K]``: likewise."""
+    distance: Tensor
+    """``[n, 1, R, K]`` int: how many tokens the key lies before the query; negative where it must not be seen."""
+    real: Tensor
+    """``[n, R]`` bool: the query is no padding."""
+
+
+class PackedPlan:
+    """The attention of one packed row: by blocks and masks, which runs everywhere, or on a GPU in half precision by
+    ``varlen.py``. Either is prepared when it is first used.
+
+    Args:
+        segments: in the order of the row, which they cover.
+        length: tokens of the row.
+    """
+
+    def __init__(self, segments: list[_Segment], length: int, device: torch.device | str) -> None:
+        self.length, self._segments, self._device = length, segments, device
+        self._masks: dict[int | None, list[Tensor]] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
+        """See ``models.attention.AttentionPlan``; ``q`` is ``[1, heads, N, head_dim]``."""
+        if takes(q, window):
+            return self._varlen.attend(q, k, v, scale=scale, window=window)
+        blocks = self._blocks
+        queries = _gather(q, blocks.queries, blocks.query_shapes)
+        keys, values = (_gather(x, blocks.keys, blocks.key_shapes) for x in (k, v))
+        outputs = []
+        for block in zip(queries, keys, values, self._masks_of(window), strict=True):
+            out = scaled_dot_product_attention(*block, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs).index_select(0, blocks.back)[None]
+
+    @cached_property
+    def _varlen(self) -> VarlenPlan:
+        kernel = gpu_kernel()
+        assert kernel is not None
+        return VarlenPlan([Run(s.start, s.length, s.prefix) for s in self._segments], self._device, kernel)
+
+    @cached_property
+    def _blocks(self) -> _Blocks:
+        return _Blocks([_block(group) for group in _grouped(self._segments)], self.length, self._device)
+
+    def _masks_of(self, window: int | None) -> list[Tensor]:
+        """``[n, 1, R, K]`` bool for each block: which key a query sees. Made once for each window."""
+        if window not in self._masks:
+            reach = self.length if window is None else window
+            self._masks[window] = [(d >= 0) & (d < reach) for d in self._blocks.distances]
+        return self._masks[window]
+
+
+class _Blocks:
+    """Blocks on their device; each token of the row is a real query of exactly one."""
+
+    def __init__(self, blocks: list[Block], length: int, device: torch.device | str) -> None:
+        self.query_shapes = [tuple(block.queries.shape) for block in blocks]
+        self.key_shapes = [tuple(block.keys.shape) for block in blocks]
+        queries = torch.cat([block.queries.flatten() for block in blocks])
+        real = torch.cat([block.real.flatten() for block in blocks])
+        back = torch.empty(length, dtype=torch.long)
+        back[queries[real]] = real.nonzero().squeeze(1)
+        self.queries, self.back = queries.to(device), back.to(device)
+        self.keys = torch.cat([block.keys.flatten() for block in blocks]).to(device)
+        self.distances = [block.distance.to(device) for block in blocks]
+
+
+def _gather(x: Tensor, positions: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """Each block's ``[n, heads, R, head_dim]`` of ``x``. One gather serves all blocks, as its backward costs a row."""
+    taken = x[0].transpose(0, 1).index_select(0, positions)
+    parts = taken.split([rows * width for rows, width in shapes])
+    return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
+
+
+@dataclass(slots=True)
+class Packed:
+    """Sequences packed for one forward pass."""
+
+    input_ids: Tensor
+    """``[1, N]``."""
+    position_ids: Tensor
+    """``[1, N]``: each token's place in its own sequence."""
+    plan: PackedPlan
+    score_index: Tensor
+    """``[M]``: the positions whose logits predict a response token."""
+    targets: Tensor
+    """``[M]``: those response tokens."""
+    rows: Tensor
+    columns: Tensor
+    shape: tuple[int, int]
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """``[M]`` values of response tokens as ``[B, T]``, 0 where there is no token."""
+        return values.new_zeros(self.shape).index_put((self.rows, self.columns), values)
+
+
+@dataclass(slots=True)
+class _Segment:
+    """``start:start + length`` in the row; it also sees ``prefix`` (start, length), which comes before it."""
+
+    start: int
+    length: int
+    prefix: tuple[int, int]
+
+
+def pack(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    share_prompts: bool = True,
+    device: torch.device | str = "cpu",
+) -> Packed:
+    """Packs ``B`` sequences, each a prompt (at least one token) and a response, into one row.
+
+    Args:
+        share_prompts: equal prompts stand in the row once.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    segments: list[_Segment] = []
+    known: dict[tuple[int, ...], _Segment] = {}
+    score_index: list[int] = []
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        name = tuple(prompt) if share_prompts else (row,)
+        head = known.get(name)
+        if head is None:
+            head = known[name] = _Segment(len(ids), len(prompt), (0, 0))
+            segments.append(head)
+            ids += prompt
+            positions += range(len(prompt))
+        start = len(ids)
+        if response:
+            score_index += [head.start + head.length - 1, *range(start, start + len(response) - 1)]
+            segments.append(_Segment(start, len(response), (head.start, head.length)))
+            ids += response
+            positions += range(len(prompt), len(prompt) + len(response))
+    lengths = torch.tensor([len(r) for r in responses])
+    width = max(1, int(lengths.max()))
+    real = torch.arange(width) < lengths[:, None]
+    rows, columns = real.nonzero(as_tuple=True)
+    return Packed(
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.tensor([positions], device=device),
+        plan=PackedPlan(segments, len(ids), device),
+        score_index=torch.tensor(score_index, dtype=torch.long, device=device),
+        targets=torch.tensor([token for r in responses for token in r], dtype=torch.long, device=device),
+        rows=rows.to(device),
+        columns=columns.to(device),
+        shape=(len(responses), width),
+    )
+
+
+def _grouped(segments: list[_Segment]) -> list[list[_Segment]]:
+    """Segments of similar length, then of similar prefix, side by side, so that little is padded."""
+
+    def order(s: _Segment) -> tuple[bool, int, int]:
+        return s.prefix[1] > 0, int(math.log(max(s.length, SHORT), WASTE)), s.prefix[1]
+
+    groups: list[list[_Segment]] = []
+    rows = keys = least = 0  # of the open group: its padded widths, and the smallest area of one of its segments
+    for segment in sorted(segments, key=order):
+        length, seen = max(segment.length, SHORT), max(segment.length + segment.prefix[1], SHORT)
+        rows, keys, least = max(rows, length), max(keys, seen), min(least, length * seen)
+        alike = groups and (segment.prefix[1] > 0) == (groups[-1][0].prefix[1] > 0)
+        if alike and rows * keys <= WASTE**2 * least:
+            groups[-1].append(segment)
+        else:
+            groups.append([segment])
+            rows, keys, least = length, seen, length * seen
+    return groups
+
+
+def _block(segments: list[_Segment]) -> Block:
+    start = torch.tensor([[s.start] for s in segments])
+    length = torch.tensor([[s.length] for s in segments])
+    head = torch.tensor([[s.prefix[0]] for s in segments])
+    seen = torch.tensor([[s.prefix[1]] for s in segments])
+    r = torch.arange(int(length.max()))[None]
+    c = torch.arange(int((seen + length).max()))[None]
+    real, exists = r < length, c < seen + length
+    keys = torch.where(c < seen, head + c, start + c - seen)
+    distance = (seen + r)[:, :, None] - c[:, None, :]  # seen + r is a query's position in its own sequence
+    distance.masked_fill_(~exists[:, None, :], -1)
+    # A padded query sees one key, since a softmax over nothing is nan; its output is not taken.
+    distance.masked_fill_(~real[:, :, None] & (c == 0)[:, None, :], 0)
+    return Block(
+        queries=torch.where(real, start + r, start),
+        keys=torch.where(exists, keys, start),
+        distance=distance[:, None],
+        real=real,
+    )

@@ -1,0 +1,238 @@
+"""Log-probs and entropy of response tokens: packed, and the plain padded way that says what packed must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from skyrl_train.batch import TrainBatch
+from skyrl_train.models.attention import no_mask
+from skyrl_train.models.packing import pack
+from skyrl_train.models.projection import answering, projected_logprobs, worth_it
+from skyrl_train.models.sampled import SampledDistribution, SeenTokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHUNK = 1 << 22
+"""Logits worked on at a time: their float32 copies take 16 MiB each, whatever the vocabulary."""
+PROJECTS = "_skyrl_projects"
+"""Set to False on a model whose logits are not just what its output layer gives (scaled, or capped)."""
+
+
+Head = Callable[[Tensor, Tensor, Tensor, Tensor], "tuple[Tensor | None, ...]"]
+"""``(logits [N, V], targets [N], rows [N], columns [N])`` to numbers for each target; rows and columns say which token
+of the batch a target is."""
+
+
+def score(
+    model: PreTrainedModel,
+    batch: TrainBatch,
+    *,
+    temperature: float,
+    packed: bool,
+    with_entropy: bool,
+    sampled: SampledDistribution | None = None,
+    compiled: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of the response tokens under the distribution that was sampled from, with gradient.
+
+    Args:
+        model: on the device where the batch is.
+        temperature: of the sampling; 0 (greedy) is taken as 1, as the engines report it.
+        packed: no padding, shared prompts once. False runs the padded specification.
+        with_entropy: also the entropy of each token's distribution, in nats.
+        sampled: how the engine changed ``softmax(logits / temperature)``; None: not at all.
+        compiled: the work on logits by kernels of ``torch.compile``, where they are many.
+
+    Returns:
+        ``[B, T]`` float32 log-probs and entropy (or None), 0 where ``response_mask`` is 0.
+    """
+    head = _head(batch, temperature or 1.0, with_entropy, sampled, compiled)
+    logprobs, entropy = _numbers(model, batch, head, packed)[:2]
+    assert logprobs is not None
+    return logprobs, entropy
+
+
+def score_both(
+    model: PreTrainedModel, batch: TrainBatch, *, temperature: float, packed: bool, sampled: SampledDistribution
+) -> tuple[Tensor, Tensor]:
+    """Log-probs under the distribution that was sampled from, and those that engines report, ``[B, T]`` each."""
+    logprobs, _, plain = _numbers(model, batch, _head(batch, temperature, False, sampled, False), packed)
+    assert logprobs is not None and plain is not None
+    return logprobs, plain
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """The head of a distribution that no engine has changed."""
+
+    temperature: float
+    with_entropy: bool
+    compiled: bool = False
+
+    def __call__(self, logits: Tensor, targets: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor | None, ...]:
+        return token_logprobs(logits, targets, self.temperature, self.with_entropy)
+
+    def projects(self, model: PreTrainedModel, tokens: int) -> bool:
+        """Whether hidden states are projected in chunks: the logits are many, and the model leaves them as they are."""
+        layer: Any = model.get_output_embeddings()
+        plain = isinstance(layer, torch.nn.Linear) and not hasattr(layer, "lora_A")
+        return plain and getattr(model, PROJECTS, True) and worth_it(tokens, layer.out_features)
+
+
+def _head(
+    batch: TrainBatch, temperature: float, with_entropy: bool, sampled: SampledDistribution | None, compiled: bool
+) -> Head:
+    def changed(logits: Tensor, targets: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor | None, ...]:
+        assert sampled is not None
+        penalised = sampled.repetition_penalty != 1.0
+        seen = SeenTokens(batch, logits.shape[-1], rows, columns) if penalised else None
+        return sampled.logprobs(logits, targets, temperature, with_entropy, seen)
+
+    return Plain(temperature, with_entropy, compiled) if sampled is None else changed
+
+
+def _numbers(model: PreTrainedModel, batch: TrainBatch, head: Head, packed: bool) -> tuple[Tensor | None, ...]:
+    """What ``head`` makes of the logits, ``[B, T]`` each, 0 where ``response_mask`` is 0."""
+    found = (_packed if packed else _padded)(model, batch, head)
+    return tuple(None if values is None else torch.where(batch.response_mask, values, 0.0) for values in found)
+
+
+def _packed(model: PreTrainedModel, batch: TrainBatch, head: Head) -> tuple[Tensor | None, ...]:
+    packed = pack(*sequences(batch), device=batch.response_ids.device)
+    inputs = {
+        "input_ids": packed.input_ids,
+        "position_ids": packed.position_ids,
+        "attention_mask": no_mask(packed.input_ids),
+        "plan": packed.plan,
+        "logits_to_keep": packed.score_index,
+        "use_cache": False,
+    }
+    if isinstance(head, Plain) and head.projects(model, len(packed.targets)):
+        found = _projected(model, inputs, packed.targets, head)
+    else:
+        found = head(model(**inputs).logits[0], packed.targets, packed.rows, packed.columns)
+    width = batch.response_ids.shape[1] - packed.shape[1]
+
+    def spread(values: Tensor) -> Tensor:
+        return torch.nn.functional.pad(packed.unpack(values), (0, width))
+
+    return tuple(None if values is None else spread(values) for values in found)
+
+
+def _projected(
+    model: PreTrainedModel, inputs: dict[str, Any], targets: Tensor, head: Plain
+) -> tuple[Tensor, Tensor | None]:
+    """What ``head`` makes of the logits, without holding them."""
+
+    def answer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        numbers = projected_logprobs(hidden[0], weight, bias, targets, head.temperature, compiled=head.compiled)
+        return torch.stack(numbers, -1)[None]
+
+    layer: Any = model.get_output_embeddings()
+    with answering(layer, answer):
+        logprobs, entropy = model(**inputs).logits[0].unbind(-1)
+    return logprobs, entropy if head.with_entropy else None
+
+
+def sequences(batch: TrainBatch) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and responses without padding, in four copies to the CPU: row by row would wait for a GPU each time."""
+    starts = (batch.prompt_ids.shape[1] - batch.prompt_lengths).tolist()
+    ends = batch.response_mask.sum(1).tolist()
+    prompts = [row[start:] for row, start in zip(batch.prompt_ids.tolist(), starts, strict=True)]
+    responses = [row[:end] for row, end in zip(batch.response_ids.tolist(), ends, strict=True)]
+    return prompts, responses
+
+
+def _padded(model: PreTrainedModel, batch: TrainBatch, head: Head) -> tuple[Tensor | None, ...]:
+    logits = model(**padded_inputs(batch), use_cache=False).logits[:, batch.prompt_ids.shape[1] - 1 : -1]
+    shape = batch.response_ids.shape
+    rows, columns = (index.flatten() for index in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
+    device = logits.device
+    found = head(logits.flatten(0, 1), batch.response_ids.flatten(), rows.to(device), columns.to(device))
+    return tuple(None if values is None else values.view(shape) for values in found)
+
+
+def padded_inputs(batch: TrainBatch) -> dict[str, Tensor]:
+    """Prompts and responses side by side, for a forward pass of any transformers model."""
+    width = batch.prompt_ids.shape[1]
+    place = torch.arange(width, device=batch.prompt_ids.device)
+    prompt_mask = place >= width - batch.prompt_lengths[:, None]
+    mask = torch.cat([prompt_mask, batch.response_mask], dim=1)
+    return {
+        "input_ids": torch.cat([batch.prompt_ids, batch.response_ids], dim=1),
+        "attention_mask": mask.long(),
+        "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0),
+    }
+
+
+def token_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """``log softmax(logits / temperature)`` at ``targets``, and the entropy, in float32.
+
+    Args:
+        logits: ``[..., V]``.
+        targets: ``[...]``.
+    """
+    logprobs, entropy = _TokenLogprobs.apply(logits, targets, temperature, with_entropy)  # pyright: ignore
+    return logprobs, entropy if with_entropy else None
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Keeps the logits alone for the backward pass, where autograd would keep several tensors of their size.
+
+    With x = logits / T, p = softmax(x), lp = log p, H = -sum p lp:
+    d lp_y / d logit_j = (1[j = y] - p_j) / T and d H / d logit_j = -p_j (lp_j + H) / T.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        shape, flat, index = targets.shape, logits.flatten(0, -2), targets.flatten()
+        normalizer = torch.empty(len(flat), dtype=torch.float32, device=logits.device)
+        entropy = torch.empty_like(normalizer if with_entropy else normalizer[:0])
+        chosen = torch.empty_like(normalizer)
+        for rows in _row_chunks(flat):
+            x = flat[rows].float() / temperature
+            normalizer[rows] = z = x.logsumexp(-1)
+            chosen[rows] = x.gather(-1, index[rows, None]).squeeze(-1) - z
+            if with_entropy:
+                lp = x.sub_(z[:, None])
+                entropy[rows] = -(lp.exp() * lp).sum(-1)
+        ctx.save_for_backward(flat, index, normalizer, entropy)
+        ctx.temperature, ctx.shape = temperature, logits.shape
+        return chosen.view(shape), entropy.view(shape) if with_entropy else entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - torch writes ctx as positional only
+        ctx: Any, *gradients: Tensor | None
+    ) -> tuple[Tensor, None, None, None]:
+        flat, index, normalizer, entropy = ctx.saved_tensors
+        grad, grad_entropy = (None if g is None else g.flatten()[:, None] for g in gradients)
+        result = torch.empty_like(flat)
+        for rows in _row_chunks(flat):
+            lp = (flat[rows].float() / ctx.temperature).sub_(normalizer[rows, None])
+            p = lp.exp()
+            total = (
+                torch.zeros_like(p) if grad_entropy is None else p * lp.add_(entropy[rows, None]) * -grad_entropy[rows]
+            )
+            if grad is not None:
+                total.addcmul_(p, grad[rows], value=-1).scatter_add_(-1, index[rows, None], grad[rows])
+            result[rows] = total.div_(ctx.temperature)
+        return result.view(ctx.shape), None, None, None
+
+
+def _row_chunks(flat: Tensor) -> Iterator[slice]:
+    """Slices of rows of which each has about ``CHUNK`` elements: what is computed in float32 at a time."""
+    size = max(1, CHUNK // flat.shape[-1])
+    return (slice(start, start + size) for start in range(0, len(flat), size))

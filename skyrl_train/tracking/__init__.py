@@ -1,0 +1,1 @@
+"""What a run tells: metrics, phases, trajectories and logs, in its folder and in the sinks the user asked for."""

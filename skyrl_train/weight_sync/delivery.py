@@ -1,0 +1,67 @@
+"""``Delivery``: one pass of the transaction over some engines, side by side. An engine that fails drops out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from skyrl_train.engines.sglang.engine import SGLangEngine
+from skyrl_train.errors import EngineError, SkyRLError, WeightSyncError, WorkerError
+
+
+class Delivery:
+    """Who still takes part, who does not and why, and how long each phase took.
+
+    Args:
+        engines: by name.
+        version: that is delivered.
+        timeout: ``generator.weight_sync_timeout``, for the messages.
+    """
+
+    def __init__(self, engines: Mapping[str, SGLangEngine], version: int, timeout: float) -> None:
+        self.engines = dict(engines)
+        self.version, self.timeout = version, timeout
+        self.failed: dict[str, SkyRLError] = {}
+        self.seconds: dict[str, float] = {}
+
+    async def each(
+        self, phase: str, call: Callable[[str, SGLangEngine], Awaitable[Any]], *, detail: str = ""
+    ) -> dict[str, Any]:
+        """Calls every engine that takes part; what came back, by name.
+
+        Args:
+            phase: for messages and times: several calls of one name add up.
+            detail: such as ``bucket 2 of 5``, for messages.
+        """
+        begun = time.monotonic()
+        names = list(self.engines)
+        results = await asyncio.gather(*(call(name, self.engines[name]) for name in names), return_exceptions=True)
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - begun
+        answers = {}
+        for name, result in zip(names, results, strict=True):
+            if isinstance(result, BaseException):
+                self._drop(name, phase, detail, result)
+            else:
+                answers[name] = result
+        return answers
+
+    def drop(self, name: str, error: SkyRLError) -> None:
+        """Takes an engine out."""
+        self.engines.pop(name, None)
+        self.failed[name] = error
+
+    def _drop(self, name: str, phase: str, detail: str, error: BaseException) -> None:
+        if not isinstance(error, EngineError | WeightSyncError) or isinstance(error, WorkerError):
+            raise error  # a fault of ours, a dead worker, or the end of the run
+        if isinstance(error, WeightSyncError) and str(error).startswith(self.engines[name].url):
+            self.drop(name, error)  # it says which engine by itself: a proof
+            return
+        where = f"phase {phase}{f', {detail}' if detail else ''}, engine {self.engines[name].url}"
+        late = isinstance(error, TimeoutError) or "timed out" in str(error)
+        begin = f"Weight sync timed out in {where}" if late else f"weight sync failed in {where}"
+        bound = f" Each wait is bounded by generator.weight_sync_timeout={self.timeout:g} s." if late else ""
+        wrapped = WeightSyncError(f"{begin}, version {self.version}: {error}{bound}")
+        wrapped.__cause__ = error
+        self.drop(name, wrapped)

@@ -1,0 +1,131 @@
+"""The digests of SGLang's weights checker, computed on our side.
+
+A server on a CPU answers the first 8 bytes of a tensor's SHA-256. One on a GPU answers a sum of mixed 32-bit words:
+with x the word at place i, seeds s1 and s2, and all arithmetic modulo 2^32::
+
+    k1 = mix(x ^ ((i * 27D4EB2D + s1) ^ rotl(i, 15)))     k2 = mix(x ^ ((i * 165667B1 + s2) ^ rotl(i, 13)))
+
+Of each run of 8,192 words the sums of k1 and k2, each xor the number of bytes, are mixed once more into the two halves
+of a 64-bit number; these are summed modulo 2^64, and the sum is scrambled (splitmix64).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skyrl_train.weight_sync.layout import Layout, Rank
+from skyrl_train.weight_sync.tile_numbers import MIX, PLACE, RUN, SEEDS, TURN
+
+Kind = Literal["sha256", "tiles"]
+_64 = (1 << 64) - 1
+
+
+def digest(tensor: Tensor, kind: Kind) -> str:
+    """The digest of one tensor, in 16 hexadecimal digits."""
+    if kind == "sha256":
+        return hashlib.sha256(_bytes(tensor)).digest()[:8].hex()
+    (found,) = finish(torch.stack([tiles(tensor)]))
+    return found
+
+
+def tiles(tensor: Tensor) -> Tensor:
+    """The sum over the runs of ``tensor``, an int64 scalar on its device: ``finish`` makes digests of several."""
+    if tensor.is_cuda:
+        from skyrl_train.weight_sync.tile_kernel import sum_of_runs
+
+        return sum_of_runs(_words(tensor))
+    return torch.tensor(_sum_of_runs(_words(tensor).numpy().view(np.uint32)), dtype=torch.int64)
+
+
+def finish(sums: Tensor) -> list[str]:
+    """The digests that belong to ``[N]`` sums; one copy from the GPU for all of them."""
+    return [f"{_scramble(value & _64):016x}" for value in sums.tolist()]
+
+
+class Digester:
+    """Digests of what ranks hold, from checkpoint tensors as they pass by, bucket by bucket.
+
+    A fused tensor is hashed when its last part has come. Parts that wait longer than their bucket lives are copied: at
+    most the largest fused tensors that lie across the end of a bucket.
+    """
+
+    def __init__(self, layout: Layout, ranks: Sequence[Rank], kind: Kind) -> None:
+        self.layout, self.ranks, self.kind = layout, tuple(ranks), kind
+        self._waiting: dict[str, dict[str, Tensor]] = {}
+        self._found: dict[Rank, dict[str, Any]] = {rank: {} for rank in self.ranks}
+
+    def add(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes one bucket of whole checkpoint tensors, which may be freed afterwards."""
+        for name, tensor in named:
+            held = self.layout.places[name].held
+            parts = self._waiting.setdefault(held, {})
+            parts[name] = tensor
+            if len(parts) == len(self.layout.parts[held]):
+                self._close(held, self._waiting.pop(held))
+        for parts in self._waiting.values():
+            parts.update({name: tensor.clone() for name, tensor in parts.items()})
+
+    def result(self) -> dict[Rank, dict[str, str]]:
+        """By rank, the digest of every tensor that it holds."""
+        if self.kind == "sha256":
+            return self._found
+        sums = [value for found in self._found.values() for value in found.values()]
+        texts = iter(finish(torch.stack(sums)) if sums else ())
+        return {rank: {held: next(texts) for held in found} for rank, found in self._found.items()}
+
+    def _close(self, held: str, parts: dict[str, Tensor]) -> None:
+        for rank in self.ranks:
+            names = [name for name in self.layout.parts[held] if self.layout.holds(name, rank)]
+            if names:
+                flat = _join([self.layout.slice(name, parts[name], rank) for name in names])
+                self._found[rank][held] = digest(flat, "sha256") if self.kind == "sha256" else tiles(flat)
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    array: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """A tensor's bytes as 32-bit words, the last filled up with zeros."""
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    missing = -len(flat) % 4
+    return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(torch.int32)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> 16)) * np.uint32(MIX[0])
+    x = (x ^ (x >> 13)) * np.uint32(MIX[1])
+    return x ^ (x >> 16)
+
+
+def _sum_of_runs(words: np.ndarray) -> int:
+    """The plain form of ``tile_kernel.sum_of_runs``, and what it must equal."""
+    total, size = 0, np.uint32(len(words) * 4 & 0xFFFFFFFF)
+    for start in range(0, len(words), RUN):
+        part = words[start : start + RUN]
+        i = np.arange(start, start + len(part), dtype=np.uint64).astype(np.uint32)
+        halves = []
+        for seed, factor, turn in zip(SEEDS, PLACE, TURN, strict=True):
+            where = (i * np.uint32(factor) + np.uint32(seed)) ^ ((i << turn) | (i >> (32 - turn)))
+            inner = _mix(part ^ where).sum(dtype=np.uint64).astype(np.uint32)
+            halves.append(int(_mix(np.atleast_1d(inner ^ size))[0]))
+        total += (halves[0] << 32) | halves[1]
+    total &= _64
+    return total - (1 << 64) if total >> 63 else total
+
+
+def _scramble(x: int) -> int:
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _64
+    return x ^ (x >> 31)

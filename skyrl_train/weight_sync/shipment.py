@@ -1,0 +1,154 @@
+"""``Shipment``: the weights, packed by the policy's workers, brought to engines over their links, digests proven."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Mapping
+from typing import Any
+
+from skyrl_train.engines.sglang.engine import SGLangEngine
+from skyrl_train.runtime.base import Workers
+from skyrl_train.weight_sync.delivery import Delivery
+from skyrl_train.weight_sync.links import Folder, Link, Surroundings, choose, make
+from skyrl_train.weight_sync.proof import DigestProof, ProofFailed, digest_kind, predictable, ranks_of
+from skyrl_train.weight_sync.sender import SendPlan
+from skyrl_train.weight_sync.settings import SyncSettings
+
+log = logging.getLogger("skyrl.weight_sync")
+
+
+class Shipment:
+    """The way of the weights from workers to engines.
+
+    Args:
+        workers: the policy's, which have a ``WeightSender``.
+        around: how each engine lies to the learner, by name.
+        checkpoint_dtype: of the model's files: what an engine with ``dtype=auto`` goes by.
+    """
+
+    def __init__(
+        self, workers: Workers, settings: SyncSettings, around: Mapping[str, Surroundings], checkpoint_dtype: str
+    ) -> None:
+        self.workers, self.settings, self.around = workers, settings, around
+        self.checkpoint_dtype = checkpoint_dtype
+        self._links: dict[str, Link] = {}
+        self._folder = Folder(settings.folder)
+        self._digests = DigestProof()
+
+    async def open(self, name: str, engine: SGLangEngine) -> None:
+        """Makes the link to an engine, if it is not there yet."""
+        link = self._links.get(name)
+        if link is None or link.engine is not engine:
+            await self._drop_link(name)
+            settings = self.settings
+            around = self.around[name]
+            kind = choose(settings.backend, engine.facts, around)
+            log.info("weights reach %s by %s, from rank %d", engine.url, kind, around.sender)
+            link = make(
+                kind, self.workers, engine, settings.timeout, self._folder, settings.override_group, around.sender
+            )
+            self._links[name] = link
+        await link.open()
+
+    async def close(self) -> None:
+        """Ends the links."""
+        for name in list(self._links):
+            await self._drop_link(name)
+
+    async def send(self, run: Delivery, names: list[str], *, merged: bool = True) -> None:
+        """Sends the weights to some engines of a delivery, and proves that they are there; those that fail drop out.
+
+        Args:
+            merged: with the adapter's work in them, if the policy has one; else the base model's.
+        """
+        for plan, together in self._plans(run, names, merged):
+            part = Delivery({name: run.engines[name] for name in together}, run.version, run.timeout)
+            part.seconds = run.seconds
+            sent = await self._send_buckets(part, plan)
+            if self._wants_digests:
+                found = await part.each("prove", lambda _, engine, sent=sent: self._digests.check(engine, sent))
+                self._compare_replicas(part, found)
+            for name, error in part.failed.items():
+                run.drop(name, error)
+                await self._drop_link(name)
+
+    @property
+    def _wants_digests(self) -> bool:
+        return self.settings.proof in ("digest", "both")
+
+    def _plans(self, run: Delivery, names: list[str], merged: bool) -> list[tuple[SendPlan, list[str]]]:
+        """Engines that can be served by the same packed buckets, together."""
+        together: dict[Any, list[str]] = {}
+        for name in names:
+            if name not in run.engines:
+                continue
+            engine = run.engines[name]
+            device = "cpu" if self._links[name].name in ("gloo", "disk") else self.around[name].learner_device
+            kind = digest_kind(engine.facts) if self._wants_digests and predictable(engine.facts) else None
+            together.setdefault((engine.dtype(self.checkpoint_dtype), device, kind), []).append(name)
+        plans = []
+        for (dtype, device, kind), members in together.items():
+            ranks = dict.fromkeys(rank for name in members for rank in ranks_of(run.engines[name].facts))
+            limit = self.settings.bucket_bytes
+            plan = SendPlan(dtype=dtype, limit=limit, device=device, ranks=tuple(ranks), digests=kind, merged=merged)
+            plans.append((plan, members))
+        return plans
+
+    async def _send_buckets(self, part: Delivery, plan: SendPlan) -> Mapping[Any, Mapping[str, str]]:
+        """Bucket after bucket: while one is on its way, the next is packed. Returns the digests of what was packed."""
+        self._folder.begin()
+        if any(self._links[name].name == "disk" for name in part.engines):
+            await self.workers.one(0, "weights_write_config", self._folder.path)
+        on_its_way: asyncio.Task[Any] | None = None
+        try:
+            buckets = (await self.workers.all("weights_begin", plan))[0]
+            await part.each("begin", lambda _, engine: engine.begin_update())
+            for index, bucket in enumerate(buckets):
+                await _timed(part, "pack", self.workers.all("weights_pack", index))
+                if on_its_way is not None:
+                    await on_its_way
+                on_its_way = asyncio.create_task(self._send_bucket(part, index, bucket, len(buckets)))
+            if on_its_way is not None:
+                await on_its_way
+            await part.each("send", lambda name, _: self._links[name].finish())
+            await part.each("end", lambda _, engine: engine.end_update())
+        finally:
+            if on_its_way is not None and not on_its_way.done():
+                on_its_way.cancel()
+                await asyncio.gather(on_its_way, return_exceptions=True)
+            sent = (await self.workers.all("weights_end"))[0]
+        return sent
+
+    async def _send_bucket(self, part: Delivery, index: int, bucket: Any, count: int) -> None:
+        detail = f"bucket {index + 1} of {count}"
+        await part.each("send", lambda name, _: self._links[name].send(index, bucket), detail=detail)
+        await self.workers.all("weights_release", index)
+
+    def _compare_replicas(self, part: Delivery, found: Mapping[str, str | None]) -> None:
+        """Engines of one shape must hold the same; the odd one out is dropped. This tells nothing for one engine."""
+        shapes: dict[Any, dict[str, str]] = {}
+        for name, whole in found.items():
+            if whole is not None and name in part.engines:
+                facts = part.engines[name].facts
+                split = (facts.tensor_parallel, facts.pipeline_parallel, facts.expert_parallel, facts.data_parallel)
+                kind = (facts.device, facts.dtype, facts.quantization, facts.lora)
+                shapes.setdefault((split, kind), {})[name] = whole
+        for digests in shapes.values():
+            values = list(digests.values())
+            usual = max(values, key=values.count)
+            for name in [name for name, whole in digests.items() if whole != usual]:
+                url, others = part.engines[name].url, len(digests) - 1
+                part.drop(name, ProofFailed(f"{url}: holds other weights than the {others} engines of its kind."))
+
+    async def _drop_link(self, name: str) -> None:
+        link = self._links.pop(name, None)
+        if link is not None:
+            await link.close()
+
+
+async def _timed(part: Delivery, phase: str, work: Awaitable[Any]) -> None:
+    begun = time.monotonic()
+    await work
+    part.seconds[phase] = part.seconds.get(phase, 0.0) + time.monotonic() - begun

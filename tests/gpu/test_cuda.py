@@ -1,0 +1,96 @@
+"""The learner and the embedded engine on a GPU: the same promises as on the CPU."""
+
+import asyncio
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from skyrl_train.batch import collate
+from skyrl_train.engines.base import Request, SamplingParams
+from skyrl_train.engines.embedded.engine import EmbeddedEngine
+from skyrl_train.models.attention import NAME
+from skyrl_train.models.scoring import score
+from skyrl_train.types import Prompt, Trajectory
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+VOCABULARY = 512
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=512,
+        initializer_range=0.1,
+        eos_token_id=0,
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation=NAME).cuda().eval()
+
+
+def sample(model, dtype: torch.dtype | None, temperature: float = 0.8):
+    """24 completions of 12 prompts of unequal length, as a batch on the GPU."""
+
+    async def run() -> list[Trajectory]:
+        engine = EmbeddedEngine(model, max_num_seqs=16, autocast_dtype=dtype)
+        draw = torch.Generator().manual_seed(1)
+        prompts = [torch.randint(1, VOCABULARY, (5 + 3 * i,), generator=draw).tolist() for i in range(12)]
+        params = [SamplingParams(max_new_tokens=20 + i, temperature=temperature, seed=i) for i in range(24)]
+        requests = [Request(id=f"r{i}", prompt_ids=prompts[i // 2], params=p, order=(i,)) for i, p in enumerate(params)]
+        answers = await asyncio.gather(*(engine.generate(request) for request in requests))
+        await engine.close()
+        trajectories = []
+        for i, (completion,) in enumerate(answers):
+            prompt = Prompt(uid=str(i // 2), messages=(), env_class="none")
+            trajectory = Trajectory(prompt=prompt, sample=i % 2, prompt_ids=prompts[i // 2])
+            trajectory.append_sampled(completion.token_ids, completion.logprobs, completion.stop_reason, 0)
+            trajectories.append(trajectory)
+        return trajectories
+
+    return collate(asyncio.run(run()), pad_token_id=0).to(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_engines_logprobs_are_the_learners(model, packed):
+    batch = sample(model, None)
+    with torch.no_grad():
+        learner, _ = score(model, batch, temperature=0.8, packed=packed, with_entropy=False)
+    gap = (learner - batch.rollout_logprobs)[batch.loss_mask].abs()
+    assert gap.max() < 1e-3, gap.max()
+    assert gap.numel() > 300
+
+
+def test_under_bfloat16_they_agree_on_average(model):
+    batch = sample(model, torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        learner, _ = score(model, batch, temperature=0.8, packed=True, with_entropy=False)
+    gap = (learner - batch.rollout_logprobs)[batch.loss_mask].abs()
+    assert gap.mean() < 0.05, gap.mean()
+
+
+def test_packed_gradients_are_the_padded_ones(model):
+    batch = sample(model, None)
+    gradients = []
+    for packed in (True, False):
+        copied = copy.deepcopy(model)
+        logprobs, entropy = score(copied, batch, temperature=0.8, packed=packed, with_entropy=True)
+        (logprobs.sum() + entropy.sum()).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in copied.parameters()]))
+    largest = gradients[1].abs().max()
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-3 * largest
+
+
+def test_changed_weights_are_used_at_once(model):
+    changed = copy.deepcopy(model)
+    before = sample(changed, None, temperature=0.0)
+    with torch.no_grad():
+        changed.lm_head.weight.copy_(changed.lm_head.weight.roll(1, 0))
+    after = sample(changed, None, temperature=0.0)
+    assert not torch.equal(before.response_ids, after.response_ids)
