@@ -97,8 +97,11 @@ class PolicyWithSender(PolicyWorker):
     def weights_pack(self, index: int) -> None:
         self.sender.pack(index)
 
-    def weights_share(self, index: int, ranks: int, readers: int) -> list[str]:
-        return self.sender.share(index, ranks, readers)
+    def weights_hash(self, index: int) -> None:
+        self.sender.hash(index)
+
+    def weights_share(self, index: int, ranks: Sequence[Rank], readers: int, directed: bool) -> tuple[list[str], str]:
+        return self.sender.share(index, ranks, readers, directed=directed)
 
     async def weights_broadcast(self, index: int, group: str) -> None:
         await self.sender.broadcast(index, group)

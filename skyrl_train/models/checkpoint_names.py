@@ -65,6 +65,14 @@ class CheckpointTensors(Mapping[str, Tensor]):
         self._specs = self._plan()
         self._open: tuple[str, dict[str, Tensor]] = ("", {})
 
+    def refresh(self) -> None:
+        """Takes the tensors that the model holds now, after ``release`` or where they have moved."""
+        self._held = _held(self._model)
+
+    def release(self) -> None:
+        """Lets go of all tensors: names and specs stay."""
+        self._held, self._open = {}, ("", {})
+
     def __getitem__(self, name: str) -> Tensor:
         if name in self._sources:
             return self._value(self._sources[name])

@@ -36,13 +36,13 @@ class Delivery:
             detail: such as ``bucket 2 of 5``, for messages.
         """
         begun = time.monotonic()
-        names = list(self.engines)
-        results = await asyncio.gather(*(call(name, self.engines[name]) for name in names), return_exceptions=True)
+        engines = dict(self.engines)
+        results = await asyncio.gather(*(call(*pair) for pair in engines.items()), return_exceptions=True)
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - begun
         answers = {}
-        for name, result in zip(names, results, strict=True):
+        for (name, engine), result in zip(engines.items(), results, strict=True):
             if isinstance(result, BaseException):
-                self._drop(name, phase, detail, result)
+                self._drop(name, engine, phase, detail, result)
             else:
                 answers[name] = result
         return answers
@@ -52,13 +52,13 @@ class Delivery:
         self.engines.pop(name, None)
         self.failed[name] = error
 
-    def _drop(self, name: str, phase: str, detail: str, error: BaseException) -> None:
+    def _drop(self, name: str, engine: SGLangEngine, phase: str, detail: str, error: BaseException) -> None:
         if not isinstance(error, EngineError | WeightSyncError) or isinstance(error, WorkerError):
             raise error  # a fault of ours, a dead worker, or the end of the run
-        if isinstance(error, WeightSyncError) and str(error).startswith(self.engines[name].url):
+        if isinstance(error, WeightSyncError) and str(error).startswith(engine.url):
             self.drop(name, error)  # it says which engine by itself: a proof
             return
-        where = f"phase {phase}{f', {detail}' if detail else ''}, engine {self.engines[name].url}"
+        where = f"phase {phase}{f', {detail}' if detail else ''}, engine {engine.url}"
         late = isinstance(error, TimeoutError) or "timed out" in str(error)
         begin = f"Weight sync timed out in {where}" if late else f"weight sync failed in {where}"
         bound = f" Each wait is bounded by generator.weight_sync_timeout={self.timeout:g} s." if late else ""

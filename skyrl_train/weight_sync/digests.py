@@ -30,17 +30,18 @@ def digest(tensor: Tensor, kind: Kind) -> str:
     """The digest of one tensor, in 16 hexadecimal digits."""
     if kind == "sha256":
         return hashlib.sha256(_bytes(tensor)).digest()[:8].hex()
-    (found,) = finish(torch.stack([tiles(tensor)]))
+    (found,) = finish(tiles([tensor]))
     return found
 
 
-def tiles(tensor: Tensor) -> Tensor:
-    """The sum over the runs of ``tensor``, an int64 scalar on its device: ``finish`` makes digests of several."""
-    if tensor.is_cuda:
-        from skyrl_train.weight_sync.tile_kernel import sum_of_runs
+def tiles(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum over the runs of each tensor, ``[N]`` int64 on their device: ``finish`` makes digests of them."""
+    words = [_words(tensor) for tensor in tensors]
+    if words and words[0].is_cuda:
+        from skyrl_train.weight_sync.tile_kernel import sums_of_runs
 
-        return sum_of_runs(_words(tensor))
-    return torch.tensor(_sum_of_runs(_words(tensor).numpy().view(np.uint32)), dtype=torch.int64)
+        return sums_of_runs(words)
+    return torch.tensor([_sum_of_runs(each.numpy().view(np.uint32)) for each in words], dtype=torch.int64)
 
 
 def finish(sums: Tensor) -> list[str]:
@@ -58,37 +59,56 @@ class Digester:
     def __init__(self, layout: Layout, ranks: Sequence[Rank], kind: Kind) -> None:
         self.layout, self.ranks, self.kind = layout, tuple(ranks), kind
         self._waiting: dict[str, dict[str, Tensor]] = {}
-        self._found: dict[Rank, dict[str, Any]] = {rank: {} for rank in self.ranks}
+        self._names: dict[Rank, list[str]] = {rank: [] for rank in self.ranks}
+        self._found: dict[Rank, list[Any]] = {rank: [] for rank in self.ranks}
+        """Digests in the order of the names; of tiles, ``[N]`` sums of N of them."""
 
     def add(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Takes one bucket of whole checkpoint tensors, which may be freed afterwards."""
+        complete = []
         for name, tensor in named:
             held = self.layout.places[name].held
             parts = self._waiting.setdefault(held, {})
             parts[name] = tensor
             if len(parts) == len(self.layout.parts[held]):
-                self._close(held, self._waiting.pop(held))
+                complete.append((held, self._waiting.pop(held)))
+        for rank in self.ranks:
+            self._hash(rank, complete)
         for parts in self._waiting.values():
             parts.update({name: tensor.clone() for name, tensor in parts.items()})
 
     def result(self) -> dict[Rank, dict[str, str]]:
         """By rank, the digest of every tensor that it holds."""
-        if self.kind == "sha256":
-            return self._found
-        sums = [value for found in self._found.values() for value in found.values()]
-        texts = iter(finish(torch.stack(sums)) if sums else ())
-        return {rank: {held: next(texts) for held in found} for rank, found in self._found.items()}
+        texts = self._found
+        if self.kind == "tiles":
+            texts = {rank: finish(torch.cat(sums)) if sums else [] for rank, sums in self._found.items()}
+        return {rank: dict(zip(self._names[rank], texts[rank], strict=True)) for rank in self.ranks}
 
-    def _close(self, held: str, parts: dict[str, Tensor]) -> None:
-        for rank in self.ranks:
-            names = [name for name in self.layout.parts[held] if self.layout.holds(name, rank)]
-            if names:
-                flat = _join([self.layout.slice(name, parts[name], rank) for name in names])
-                self._found[rank][held] = digest(flat, "sha256") if self.kind == "sha256" else tiles(flat)
+    def _hash(self, rank: Rank, complete: Sequence[tuple[str, dict[str, Tensor]]]) -> None:
+        """The digests of fused tensors that are complete: on a GPU, all in one go."""
+        held = []
+        for name, parts in complete:
+            own = [part for part in self.layout.parts[name] if self.layout.holds(part, rank)]
+            if own:
+                held.append(_join([self.layout.slice(part, parts[part], rank) for part in own]))
+                self._names[rank].append(name)
+        if self.kind == "sha256":
+            self._found[rank] += [digest(tensor, "sha256") for tensor in held]
+        elif held:
+            self._found[rank].append(tiles(held))
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
+    """The parts, one after the other: a view where they lie so in a bucket."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    end = first.data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or not part.is_contiguous() or part.dtype != first.dtype:
+            return torch.cat([part.flatten() for part in parts])
+        end += part.nbytes
+    return first.as_strided((sum(part.numel() for part in parts),), (1,))
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -110,7 +130,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _sum_of_runs(words: np.ndarray) -> int:
-    """The plain form of ``tile_kernel.sum_of_runs``, and what it must equal."""
+    """The plain form of ``tile_kernel.sums_of_runs``, and what it must equal."""
     total, size = 0, np.uint32(len(words) * 4 & 0xFFFFFFFF)
     for start in range(0, len(words), RUN):
         part = words[start : start + RUN]

@@ -1,7 +1,7 @@
 """``EngineSync``: the transaction that brings the policy's weights to engines that are servers.
 
-    wake weights -> pause -> send every bucket -> prove the digests -> wake the rest -> flush once
-                 -> commit the version -> continue -> probe -> let requests in
+    wake weights -> pause -> send every bucket -> prove the digests -> wake the rest -> flush once, commit the version
+                 -> continue -> probe -> let requests in
 
 All engines go through it side by side, and one that fails anywhere drops out: it is put in quarantine, and gets no
 prompt until it has gone through the whole of it. The order is what makes it safe: an engine whose weights are not
@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from skyrl_train.engines.pool import EnginePool
 from skyrl_train.engines.sglang.control import PauseMode
@@ -168,32 +169,44 @@ class EngineSync(WeightSync):
         return self._metrics(delivery, version, time.monotonic() - begun)
 
     async def _deliver(self, engines: Mapping[str, SGLangEngine], version: int) -> Delivery:
+        """The learner packs while the engines pause, and computes its half of the probe while they prove."""
         run = Delivery(engines, version, self.settings.timeout)
         if self.residents:
             await self.residents.policy_only()
         await run.each("wake", lambda _, engine: engine.wake_up(["weights"]))
-        await run.each("pause", lambda _, engine: engine.pause(self._pause_mode(engine)))
         await run.each("join", self.shipment.open)
-        if self.adapters is None:
-            await self.shipment.send(run, list(run.engines))
-        else:
-            await self.shipment.send(run, self.adapters.without_base(run), merged=False)
-        expected = await self._expected() if run.engines else []
-        if self.adapters is not None:
-            await self.adapters.take()
-        if self.residents:
-            await self.residents.nobody()
-        await run.each("wake", lambda _, engine: engine.wake_up())
-        if self.adapters is not None:
-            await self.adapters.load(run)
-        await run.each("flush", self._flush)
-        await run.each("commit", lambda _, engine: engine.set_version(version))
-        await run.each("continue", lambda _, engine: engine.resume(admit=False))
-        if expected:
-            await run.each("probe", lambda _, engine: self._probe(engine, *expected))
+        pause = asyncio.create_task(run.each("pause", lambda _, engine: engine.pause(self._pause_mode(engine))))
+        beside: list[asyncio.Task[Any]] = [pause]
+        try:
+            names = list(run.engines) if self.adapters is None else self.adapters.without_base(run)
+            shipped = await self.shipment.send(run, names, merged=self.adapters is None, after=pause)
+            beside.append(expected := asyncio.create_task(self._expected(bool(run.engines))))
+            await self.shipment.prove(run, shipped)
+            if self.adapters is not None:
+                await self.adapters.take()
+            if self.residents:
+                await expected
+                await self.residents.nobody()
+            await self._finish(run, version)
+            if asked := await expected:
+                await run.each("probe", lambda _, engine: self._probe(engine, *asked))
+        finally:
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
         if self.adapters is not None:
             await self.adapters.unload_old(run)
         return run
+
+    async def _finish(self, run: Delivery, version: int) -> None:
+        """From weights that are there to engines that compute, but serve no request of ours."""
+        await run.each("wake", lambda _, engine: engine.wake_up())
+        if self.adapters is not None:
+            await self.adapters.load(run)
+        await asyncio.gather(
+            run.each("flush", self._flush), run.each("commit", lambda _, engine: engine.set_version(version))
+        )
+        await run.each("continue", lambda _, engine: engine.resume(admit=False))
 
     # Parts of the transaction.
 
@@ -203,9 +216,9 @@ class EngineSync(WeightSync):
         else:  # what runs keeps its cache, so that cannot be emptied; new requests are kept apart from it
             engine.salt = f"skyrl-{time.monotonic_ns()}"
 
-    async def _expected(self) -> list[list[list[float]]]:
+    async def _expected(self, wanted: bool) -> list[list[list[float]]]:
         """The learner's log-probs of the probe, and those of its base model where an adapter is synced."""
-        if self.settings.proof not in ("probe", "both") or not self.probe_rows:
+        if not wanted or self.settings.proof not in ("probe", "both") or not self.probe_rows:
             return []
         asked = (self.probe_rows, Probe.start(self.probe_rows[0]))
         bases = (False,) if self.adapters is None else (False, True)

@@ -16,7 +16,7 @@ Whatever else there is, every rank holds whole.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,6 +44,22 @@ class Rank:
     expert_size: int = 1
     """Expert-parallel size: experts are dealt out over so many parts of the tensor-parallel ranks."""
     on_cpu: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """What a rank holds of a checkpoint tensor, and where: counted in elements."""
+
+    held: str
+    first: int
+    """Element of the held tensor where the piece begins."""
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    """Of the piece in the checkpoint tensor."""
+    start: int
+    """Element of the checkpoint tensor where the piece begins."""
+    zeros: int = 0
+    """Elements after it that are padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +129,53 @@ class Layout:
         return expert // each == rank.tensor_rank // ranks
 
     def slice(self, name: str, tensor: Tensor, rank: Rank) -> Tensor:
-        """What the rank holds of a whole checkpoint tensor: a view where that is possible."""
+        """What the rank holds of a whole checkpoint tensor, padding included: a view where that is possible."""
+        held = self._cut(name, tensor, rank)
+        missing = self._rows(len(tensor), rank) - len(held) if self.places[name].kind == "vocabulary" else 0
+        if not missing:
+            return held
+        padded = held.new_zeros(len(held) + missing, *held.shape[1:])
+        padded[: len(held)] = held
+        return padded
+
+    def pieces(self, shapes: Mapping[str, tuple[int, ...]], rank: Rank) -> tuple[dict[str, Piece], dict[str, int]]:
+        """Where the rank holds each checkpoint tensor of which it holds anything.
+
+        Args:
+            shapes: of every checkpoint tensor, by name.
+
+        Returns:
+            The pieces by checkpoint name, and the elements of every held tensor by its name.
+        """
+        import torch
+
+        pieces: dict[str, Piece] = {}
+        totals: dict[str, int] = {}
+        for held, names in self.parts.items():
+            for name in (name for name in names if self.holds(name, rank)):
+                whole = torch.empty(shapes[name], device="meta")
+                cut = self._cut(name, whole, rank)
+                zeros = 0
+                if self.places[name].kind == "vocabulary":
+                    zeros = (self._rows(len(whole), rank) - len(cut)) * whole[:1].numel()
+                first = totals.get(held, 0)
+                pieces[name] = Piece(
+                    held=held, first=first, size=tuple(cut.shape), stride=cut.stride(),
+                    start=int(cut.storage_offset()), zeros=zeros,
+                )  # fmt: skip
+                totals[held] = first + cut.numel() + zeros
+        return pieces, totals
+
+    def _cut(self, name: str, tensor: Tensor, rank: Rank) -> Tensor:
+        """The rank's part of a whole checkpoint tensor, as a view."""
         found = self.places[name]
         index, size = rank.tensor_rank, rank.tensor_size
         if found.expert is not None:
             size //= rank.expert_size
             index %= size
         if found.kind == "vocabulary":
-            return _vocabulary_rows(tensor, index, size, rank.on_cpu)
+            rows = self._rows(len(tensor), rank)
+            return tensor[index * rows : (index + 1) * rows]
         if size == 1 or found.kind == "whole":
             return tensor
         if found.kind == "kv_rows" and size > self.kv_heads:  # ranks share a head
@@ -129,17 +184,10 @@ class Layout:
         length = tensor.shape[dimension] // size
         return tensor.narrow(dimension, index * length, length)
 
-
-def _vocabulary_rows(tensor: Tensor, index: int, size: int, on_cpu: bool) -> Tensor:
-    step = VOCABULARY_STEP
-    if on_cpu and -(-len(tensor) // step) * step % size:
-        step *= size
-    rows = -(-len(tensor) // step) * step // size
-    held = tensor[index * rows : (index + 1) * rows]
-    return held if len(held) == rows else _padded(held, rows)
-
-
-def _padded(held: Tensor, rows: int) -> Tensor:
-    padded = held.new_zeros(rows, *held.shape[1:])
-    padded[: len(held)] = held
-    return padded
+    @staticmethod
+    def _rows(vocabulary: int, rank: Rank) -> int:
+        """Rows of the padded vocabulary that each rank holds."""
+        step, size = VOCABULARY_STEP, rank.tensor_size
+        if rank.on_cpu and -(-vocabulary // step) * step % size:
+            step *= size
+        return -(-vocabulary // step) * step // size

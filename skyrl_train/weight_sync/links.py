@@ -21,9 +21,10 @@ from skyrl_train.engines.faults import EngineRefusedError
 from skyrl_train.engines.sglang.causes import advice
 from skyrl_train.engines.sglang.engine import SGLangEngine
 from skyrl_train.engines.sglang.facts import ServerFacts
-from skyrl_train.engines.sglang.payloads import Bucket
+from skyrl_train.engines.sglang.payloads import LOADER, Bucket
 from skyrl_train.errors import ConfigError, EngineError
 from skyrl_train.runtime.base import Workers
+from skyrl_train.weight_sync.proof import predictable, ranks_of
 
 log = logging.getLogger("skyrl.weight_sync")
 
@@ -54,6 +55,9 @@ class Link(ABC):
     async def open(self) -> None:  # noqa: B027 - optional
         """Makes the way, if it is not there yet."""
 
+    async def prepare(self, index: int) -> None:  # noqa: B027 - optional
+        """After a bucket was packed, while the one before it is still on its way."""
+
     @abstractmethod
     async def send(self, index: int, bucket: Bucket) -> None:
         """Brings one packed bucket over; when this returns, the engine has it and the bucket may go.
@@ -74,11 +78,17 @@ class IpcLink(Link):
 
     name = "ipc"
 
-    async def send(self, index: int, bucket: Bucket) -> None:
+    def __init__(self, workers: Workers, engine: SGLangEngine, timeout: float, sender: int = 0) -> None:
+        super().__init__(workers, engine, timeout, sender)
+        self._ready: dict[int, tuple[list[str], str]] = {}
+
+    async def prepare(self, index: int) -> None:
         facts = self.engine.facts
-        shape = facts.tensor_parallel, facts.pipeline_parallel
-        payloads = await self.workers.one(self.sender, "weights_share", index, *shape)
-        await self.engine.update_from_tensors(payloads)
+        asked = (ranks_of(facts), facts.pipeline_parallel, LOADER in facts.loaders and predictable(facts))
+        self._ready[index] = await self.workers.one(self.sender, "weights_share", index, *asked)
+
+    async def send(self, index: int, bucket: Bucket) -> None:
+        await self.engine.update_from_tensors(*self._ready.pop(index))
 
 
 class BroadcastLink(Link):

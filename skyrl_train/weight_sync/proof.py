@@ -7,7 +7,6 @@ for the log-probs of each row's last quarter, so that the rest comes out of the 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -174,8 +173,8 @@ class Probe:
 
     async def ask(self, engine: SGLangEngine, *, adapter: str | None, salt: str | None) -> list[list[float]]:
         """The engine's log-probs of each row's last quarter."""
-        asked = [engine.prompt_logprobs(row, self.start(row), adapter=adapter, salt=salt) for row in self.rows]
-        return list(await asyncio.gather(*asked))
+        starts = [self.start(row) for row in self.rows]
+        return await engine.prompt_logprobs(self.rows, starts, adapter=adapter, salt=salt)
 
     async def check(
         self, engine: SGLangEngine, expected: Sequence[Sequence[float]], *, adapter: str | None, salt: str | None

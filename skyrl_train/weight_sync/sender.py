@@ -1,6 +1,6 @@
 """``WeightSender``: the half of a weight sync that lives where the weights do, in the policy's worker.
 
-    begin ──> pack 0 ──> pack 1 ──> ...                 ──> end          bytes ready, digests kept
+    begin ──> pack 0 ──> hash 0 ──> pack 1 ──> ...        ──> end        bytes ready, digests kept
                  └ share 0 / broadcast 0 / write 0 ── release 0
 
 A bucket is packed once, whoever gets it: the conversion to the engines' number format, the copy into one run of bytes,
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from skyrl_train.engines.sglang.payloads import Bucket, Spec, adapter_payloads, bucket_payloads, pack, plan_buckets
+from skyrl_train.engines.sglang.payloads import (
+    LOADER,
+    Bucket,
+    Spec,
+    adapter_payloads,
+    bucket_payloads,
+    directed_payloads,
+    directions,
+    pack,
+    plan_buckets,
+)
 from skyrl_train.errors import WeightSyncError
-from skyrl_train.models.checkpoint_names import CheckpointTensors, checkpoint_tensors
+from skyrl_train.models.checkpoint_names import checkpoint_tensors
 from skyrl_train.models.gather import full_tensor
 from skyrl_train.models.lora import adapter_config, adapter_tensors, save_adapter
 from skyrl_train.runtime.background import beside
@@ -55,6 +66,44 @@ class SendPlan:
     """With the work of the policy's adapter in the weights; else the base model's."""
 
 
+class Outline:
+    """What stays the same from sync to sync: names, shapes, buckets, and where ranks hold what.
+
+    Args:
+        merged, dtype, limit: of the ``SendPlan``.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, merged: bool, dtype: str, limit: int) -> None:
+        self.tensors = checkpoint_tensors(model, merged=merged)
+        to: torch.dtype = getattr(torch, dtype)
+        specs = [
+            Spec(name=name, shape=held.shape, dtype=to if held.dtype.is_floating_point else held.dtype)
+            for name, held in ((name, self.tensors.spec(name)) for name in self.tensors)
+        ]
+        self.shapes = {spec.name: spec.shape for spec in specs}
+        self.buckets = plan_buckets(specs, limit)
+        self.layout = Layout.of(model.config, self.tensors)
+        self._directions: dict[Rank, list[str]] = {}
+
+    def knows(self, ranks: Sequence[Rank]) -> bool:
+        """Whether it is known how these ranks hold the model."""
+        return self.layout is not None and all(map(self.layout.knows, ranks))
+
+    def directions(self, rank: Rank, index: int) -> str | None:
+        """Where a rank puts the tensors of bucket ``index``; None: that is not known for sure.
+
+        Experts are left to the server: some of its kernels hold them in an order of their own.
+        """
+        layout = self.layout
+        if layout is None or layout.experts or not layout.knows(rank):
+            return None
+        if rank not in self._directions:
+            pieces, totals = layout.pieces(self.shapes, rank)
+            tied = "lm_head.weight" not in self.shapes
+            self._directions[rank] = [directions(bucket, pieces, totals, tied=tied) for bucket in self.buckets]
+        return self._directions[rank][index]
+
+
 class WeightSender:
     """Packs and sends the weights of one model.
 
@@ -66,8 +115,8 @@ class WeightSender:
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self.model, self.device = model, device
         self._plan: SendPlan | None = None
-        self._now: CheckpointTensors | None = None
-        self._buckets: list[Bucket] = []
+        self._outlines: dict[tuple[bool, str, int], Outline] = {}
+        self._now: Outline | None = None
         self._packed: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self._alive: dict[int, list[Tensor]] = {}
         self._digester: Digester | None = None
@@ -83,17 +132,15 @@ class WeightSender:
     def begin(self, plan: SendPlan) -> list[Bucket]:
         """Takes the weights as they are now; nothing is copied yet. Returns what each bucket will hold."""
         self.end()
-        self._plan, self._now = plan, checkpoint_tensors(self.model, merged=plan.merged)
-        dtype: torch.dtype = getattr(torch, plan.dtype)
-        specs = [
-            Spec(name=name, shape=held.shape, dtype=dtype if held.dtype.is_floating_point else held.dtype)
-            for name, held in ((name, self._now.spec(name)) for name in self._now)
-        ]
-        self._buckets = plan_buckets(specs, plan.limit)
-        layout = Layout.of(self.model.config, self._now) if plan.digests else None
-        if layout is not None and plan.digests is not None and all(map(layout.knows, plan.ranks)):
-            self._digester = Digester(layout, plan.ranks, plan.digests)
-        return self._buckets
+        key = (plan.merged, plan.dtype, plan.limit)
+        if key not in self._outlines:
+            self._outlines[key] = Outline(self.model, merged=plan.merged, dtype=plan.dtype, limit=plan.limit)
+        else:
+            self._outlines[key].tensors.refresh()
+        self._plan, self._now = plan, self._outlines[key]
+        if self._now.layout is not None and plan.digests is not None and self._now.knows(plan.ranks):
+            self._digester = Digester(self._now.layout, plan.ranks, plan.digests)
+        return self._now.buckets
 
     def pack(self, index: int) -> None:
         """Makes bucket ``index`` ready to be sent. Every worker of the policy does this together.
@@ -104,24 +151,45 @@ class WeightSender:
         assert self._plan is not None and self._now is not None, "begin comes before pack"
         if len(self._packed) >= AHEAD:
             raise WeightSyncError(f"weight sync failed in phase pack: {len(self._packed)} buckets were not released.")
-        bucket = self._buckets[index]
-        flat, views = pack(bucket, [full_tensor(self._now[spec.name]) for spec in bucket], self._plan.device)
-        if self._digester is not None:
-            self._digester.add(zip((spec.name for spec in bucket), views, strict=True))
-        self._packed[index] = flat, views
+        bucket = self._now.buckets[index]
+        tensors = [full_tensor(self._now.tensors[spec.name]) for spec in bucket]
+        self._packed[index] = pack(bucket, tensors, self._plan.device)
 
-    def share(self, index: int, ranks: int, readers: int) -> list[str]:
-        """Handles of bucket ``index`` for processes on this host: ``ranks`` messages, each for ``readers`` readers."""
-        payloads, copies = bucket_payloads(self._buckets[index], self._packed[index][0], ranks, readers)
+    def hash(self, index: int) -> None:
+        """Takes the digests of bucket ``index``, once, in the order of the buckets."""
+        if self._digester is not None and self._now is not None:
+            names = (spec.name for spec in self._now.buckets[index])
+            self._digester.add(zip(names, self._packed[index][1], strict=True))
+
+    def share(self, index: int, ranks: Sequence[Rank], readers: int, *, directed: bool) -> tuple[list[str], str]:
+        """Handles of bucket ``index`` for processes on this host.
+
+        Args:
+            ranks: a message for each.
+            readers: how many processes read each message.
+            directed: the server has our loader, which is used where it is known how the ranks hold the model.
+
+        Returns:
+            The messages, and the ``load_format`` for them.
+        """
+        assert self._now is not None, "begin comes before share"
+        flat, bucket = self._packed[index][0], self._now.buckets[index]
+        texts = [self._now.directions(rank, index) for rank in ranks] if directed and readers == 1 else [None]
+        known = [text for text in texts if text is not None]
+        if len(known) == len(ranks):
+            payloads, copies = directed_payloads(known, flat)
+        else:
+            payloads, copies = bucket_payloads(bucket, flat, len(ranks), readers)
         self._alive.setdefault(index, []).extend(copies)
-        return payloads
+        return payloads, LOADER if len(known) == len(ranks) else "flattened_bucket"
 
     def write(self, index: int, folder: str) -> None:
         """Writes bucket ``index`` as one file of a model folder."""
         from safetensors.torch import save_file
 
-        named = zip(self._buckets[index], self._packed[index][1], strict=True)
-        count = len(self._buckets)
+        assert self._now is not None, "begin comes before write"
+        named = zip(self._now.buckets[index], self._packed[index][1], strict=True)
+        count = len(self._now.buckets)
         file = Path(folder) / f"model-{index + 1:05d}-of-{count:05d}.safetensors"
         save_file({spec.name: view.cpu() for spec, view in named}, file, metadata={"format": "pt"})
 
@@ -146,7 +214,9 @@ class WeightSender:
     def end(self) -> dict[Rank, dict[str, str]]:
         """Frees everything; the digests of what was packed, by rank. Empty where the layout is not known."""
         found = self._digester.result() if self._digester is not None else {}
-        self._plan, self._digester, self._now, self._buckets = None, None, None, []
+        if self._now is not None:
+            self._now.tensors.release()
+        self._plan, self._digester, self._now = None, None, None
         self._packed.clear()
         self._alive.clear()
         if self.device.type == "cuda":

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Mapping
+from functools import partial
 from typing import Any
 
 from skyrl_train.engines.sglang.engine import SGLangEngine
@@ -17,6 +18,9 @@ from skyrl_train.weight_sync.sender import SendPlan
 from skyrl_train.weight_sync.settings import SyncSettings
 
 log = logging.getLogger("skyrl.weight_sync")
+
+Shipped = tuple[Delivery, Mapping[Any, Mapping[str, str]]]
+"""Engines that were sent the same, and the digests of that by rank."""
 
 
 class Shipment:
@@ -57,22 +61,40 @@ class Shipment:
         for name in list(self._links):
             await self._drop_link(name)
 
-    async def send(self, run: Delivery, names: list[str], *, merged: bool = True) -> None:
-        """Sends the weights to some engines of a delivery, and proves that they are there; those that fail drop out.
+    async def send(
+        self, run: Delivery, names: list[str], *, merged: bool = True, after: Awaitable[Any] | None = None
+    ) -> list[Shipped]:
+        """Sends the weights to some engines of a delivery; those that fail drop out.
 
         Args:
             merged: with the adapter's work in them, if the policy has one; else the base model's.
+            after: what the engines have to do first: it is awaited once the first bucket is packed.
+
+        Returns:
+            What ``prove`` looks at.
         """
+        shipped = []
         for plan, together in self._plans(run, names, merged):
             part = Delivery({name: run.engines[name] for name in together}, run.version, run.timeout)
             part.seconds = run.seconds
-            sent = await self._send_buckets(part, plan)
-            if self._wants_digests:
+            shipped.append((part, await self._send_buckets(run, part, plan, after)))
+            await self._drop_failed(run, part)
+        if after is not None:
+            await after
+        return shipped
+
+    async def prove(self, run: Delivery, shipped: list[Shipped]) -> None:
+        """Compares the digests of what engines hold with those of what was sent; those that differ drop out."""
+        if self._wants_digests:
+            for part, sent in shipped:
                 found = await part.each("prove", lambda _, engine, sent=sent: self._digests.check(engine, sent))
                 self._compare_replicas(part, found)
-            for name, error in part.failed.items():
-                run.drop(name, error)
-                await self._drop_link(name)
+                await self._drop_failed(run, part)
+
+    async def _drop_failed(self, run: Delivery, part: Delivery) -> None:
+        for name, error in part.failed.items():
+            run.drop(name, error)
+            await self._drop_link(name)
 
     @property
     def _wants_digests(self) -> bool:
@@ -96,7 +118,9 @@ class Shipment:
             plans.append((plan, members))
         return plans
 
-    async def _send_buckets(self, part: Delivery, plan: SendPlan) -> Mapping[Any, Mapping[str, str]]:
+    async def _send_buckets(
+        self, run: Delivery, part: Delivery, plan: SendPlan, after: Awaitable[Any] | None
+    ) -> Mapping[Any, Mapping[str, str]]:
         """Bucket after bucket: while one is on its way, the next is packed. Returns the digests of what was packed."""
         self._folder.begin()
         if any(self._links[name].name == "disk" for name in part.engines):
@@ -104,12 +128,22 @@ class Shipment:
         on_its_way: asyncio.Task[Any] | None = None
         try:
             buckets = (await self.workers.all("weights_begin", plan))[0]
-            await part.each("begin", lambda _, engine: engine.begin_update())
             for index, bucket in enumerate(buckets):
                 await _timed(part, "pack", self.workers.all("weights_pack", index))
+                await part.each("share", lambda name, _, index=index: self._links[name].prepare(index))
                 if on_its_way is not None:
                     await on_its_way
-                on_its_way = asyncio.create_task(self._send_bucket(part, index, bucket, len(buckets)))
+                    await self.workers.all("weights_release", index - 1)
+                else:
+                    if after is not None:
+                        await after
+                        part.engines = {name: part.engines[name] for name in part.engines if name in run.engines}
+                    await part.each("begin", lambda _, engine: engine.begin_update())
+                detail = f"bucket {index + 1} of {len(buckets)}"
+                send = partial(self._send_bucket, index, bucket)
+                on_its_way = asyncio.create_task(part.each("send", send, detail=detail))
+                if plan.digests:
+                    await _timed(part, "hash", self.workers.all("weights_hash", index))
             if on_its_way is not None:
                 await on_its_way
             await part.each("send", lambda name, _: self._links[name].finish())
@@ -121,10 +155,8 @@ class Shipment:
             sent = (await self.workers.all("weights_end"))[0]
         return sent
 
-    async def _send_bucket(self, part: Delivery, index: int, bucket: Any, count: int) -> None:
-        detail = f"bucket {index + 1} of {count}"
-        await part.each("send", lambda name, _: self._links[name].send(index, bucket), detail=detail)
-        await self.workers.all("weights_release", index)
+    async def _send_bucket(self, index: int, bucket: Any, name: str, engine: SGLangEngine) -> None:
+        await self._links[name].send(index, bucket)
 
     def _compare_replicas(self, part: Delivery, found: Mapping[str, str | None]) -> None:
         """Engines of one shape must hold the same; the odd one out is dropped. This tells nothing for one engine."""

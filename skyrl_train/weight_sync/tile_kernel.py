@@ -1,7 +1,10 @@
-"""The GPU form of ``digests._sum_of_runs``: one program a run, one launch a tensor."""
+"""The GPU form of ``digests._sum_of_runs``: one program a run, one launch for any number of tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
@@ -27,12 +30,16 @@ def _half(
     return _mix(x ^ where ^ ((i << turn) | (i >> (32 - turn))), FIRST, SECOND)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["tensors"])
 def _runs(
-    words, out, count, S1: tl.constexpr, S2: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, T1: tl.constexpr,
-    T2: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, LENGTH: tl.constexpr, STEP: tl.constexpr,
+    table, owners, out, tensors, S1: tl.constexpr, S2: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    T1: tl.constexpr, T2: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, LENGTH: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
-    start = tl.program_id(0).to(tl.int64) * LENGTH
+    owner = tl.load(owners + tl.program_id(0))
+    words = tl.load(table + owner).to(tl.pointer_type(tl.int32))
+    count = tl.load(table + tensors + owner)
+    start = (tl.program_id(0) - tl.load(table + 2 * tensors + owner)) * LENGTH
     one = tl.zeros((), tl.uint32)
     two = tl.zeros((), tl.uint32)
     for offset in tl.static_range(0, LENGTH, STEP):
@@ -46,15 +53,24 @@ def _runs(
     size = (count * 4).to(tl.uint32)
     one = _mix(one ^ size, FIRST, SECOND).to(tl.uint64)
     two = _mix(two ^ size, FIRST, SECOND).to(tl.uint64)
-    tl.atomic_add(out, ((one << 32) | two).to(tl.int64, bitcast=True))
+    tl.atomic_add(out + owner, ((one << 32) | two).to(tl.int64, bitcast=True))
 
 
-def sum_of_runs(words: Tensor) -> Tensor:
-    """The sum over the runs of ``[N]`` int32 words on a GPU, an int64 scalar there."""
-    out = torch.zeros((), dtype=torch.int64, device=words.device)
-    count = words.numel()
-    if count:
-        grid = (triton.cdiv(count, RUN),)
-        with torch.cuda.device(words.device):
-            _runs[grid](words, out, count, *SEEDS, *PLACE, *TURN, *MIX, RUN, BLOCK, num_warps=8)  # pyright: ignore
+def sums_of_runs(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum over the runs of each of N runs of int32 words, contiguous on one GPU: ``[N]`` int64 there.
+
+    The kernel is told of them by a table of ``[3, N]`` numbers: address, words, and the number of its first run.
+    """
+    device, count = tensors[0].device, len(tensors)
+    out = torch.zeros(count, dtype=torch.int64, device=device)
+    runs = np.array([-(-tensor.numel() // RUN) for tensor in tensors], dtype=np.int64)
+    first = np.cumsum(runs) - runs
+    rows = [[tensor.data_ptr() for tensor in tensors], [tensor.numel() for tensor in tensors], first]
+    table = torch.from_numpy(np.array(rows, dtype=np.int64)).to(device)
+    owners = torch.from_numpy(np.repeat(np.arange(count, dtype=np.int32), runs)).to(device)
+    if len(owners):
+        with torch.cuda.device(device):
+            _runs[(len(owners),)](  # pyright: ignore
+                table, owners, out, count, *SEEDS, *PLACE, *TURN, *MIX, RUN, BLOCK, num_warps=8
+            )
     return out

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engines.contract import Rig, make_rig
 
 from skyrl_train.engines.sglang.engine import SGLangEngine
 from skyrl_train.engines.sglang.launch import SGLangServer
-from skyrl_train.engines.sglang.options import cpu_arguments, cpu_variables
+from skyrl_train.engines.sglang.options import cpu_arguments, cpu_variables, inside_variables
+from skyrl_train.engines.sglang.payloads import LOADER, Spec, bucket_payloads, pack, plan_buckets
 
 INSTALL = Path(__file__).with_name("install.sh")
 VERSIONS = ("0.5.17", "0.5.21")
@@ -27,6 +29,7 @@ SMALL = {
     "skip_server_warmup": True,
     "incremental_streaming_output": True,
     "random_seed": 1,
+    "custom_weight_loader": [LOADER],
 }
 LORA = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["all"]}
 
@@ -66,7 +69,11 @@ def sglang_servers(sglang_model: Rig, tmp_path_factory: pytest.TempPathFactory) 
             arguments = cpu_arguments() | SMALL | LORA | {"model_path": str(sglang_model.folder)}
             log = tmp_path_factory.mktemp("logs") / "engine-0.log"
             started = SGLangServer(
-                arguments, log=log, python=python_of(version), env=cpu_variables(), start_timeout=240
+                arguments,
+                log=log,
+                python=python_of(version),
+                env=cpu_variables() | inside_variables(),
+                start_timeout=240,
             )
             asyncio.run(started.ready())
             running[version] = started
@@ -88,3 +95,17 @@ async def begun(engine: SGLangEngine) -> None:
     async with asyncio.timeout(60):
         while not any(flight.answer.token_ids for flights in engine._flights.values() for flight in flights):
             await asyncio.sleep(0.01)
+
+
+async def push(engine: SGLangEngine, model: torch.nn.Module, version: int, limit: int = 1 << 16) -> None:
+    """Gives a server the weights of ``model``."""
+    await engine.begin_update()
+    held = model.state_dict()
+    specs = [Spec(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype) for name, tensor in held.items()]
+    for bucket in plan_buckets(specs, limit):
+        flat, _ = pack(bucket, [held[spec.name] for spec in bucket], "cpu")
+        payloads, alive = bucket_payloads(bucket, flat, engine.facts.tensor_parallel)
+        await engine.update_from_tensors(payloads)
+        del alive
+    await engine.end_update()
+    await engine.commit_weights(version)

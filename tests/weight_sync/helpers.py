@@ -88,6 +88,17 @@ async def syncing(
         await workers.close()
 
 
-def attach_to(server: Any, **options: Any) -> Callable[[], Any]:
-    """Attaches to a shared server without owning it."""
-    return lambda: SGLangEngine.attach(server.url, key=server.key, control_timeout=60.0, **options)
+def attach_to(server: Any, *, stock: bool = False, **options: Any) -> Callable[[], Any]:
+    """Attaches to a shared server without owning it.
+
+    Args:
+        stock: as if our loader were not there.
+    """
+
+    async def attach() -> SGLangEngine:
+        engine = await SGLangEngine.attach(server.url, key=server.key, control_timeout=60.0, **options)
+        if stock:
+            engine.facts = replace(engine.facts, loaders=frozenset())
+        return engine
+
+    return attach

@@ -11,6 +11,7 @@ import torch
 from engines.contract import PROMPT, Rig, ask, one
 
 from skyrl_train.engines.sglang.engine import SGLangEngine
+from skyrl_train.engines.sglang.payloads import LOADER
 from skyrl_train.errors import EngineError, WeightSyncError
 from skyrl_train.weight_sync import links
 from skyrl_train.weight_sync.engine_sync import EngineSync
@@ -24,17 +25,17 @@ def run(test: Callable[[], Any]) -> None:
     asyncio.run(test())
 
 
-WAYS = [("auto", HERE, "ipc"), ("auto", FAR, "gloo"), ("disk", FAR, "disk")]
+WAYS = [("auto", HERE, "ipc"), ("stock", HERE, "ipc"), ("auto", FAR, "gloo"), ("disk", FAR, "disk")]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(("wanted", "around", "used"), WAYS)
 def test_every_way_to_a_server(sglang_servers, sglang_model: Rig, version: str, wanted: str, around, used: str) -> None:
-    server = sglang_servers(version)
+    server, backend = sglang_servers(version), "auto" if wanted == "stock" else wanted
 
     async def main() -> None:
-        attach = {"e": attach_to(server)}
-        async with syncing(sglang_model.folder, attach, around=around, backend=wanted) as here:
+        attach = {"e": attach_to(server, stock=wanted == "stock")}
+        async with syncing(sglang_model.folder, attach, around=around, backend=backend) as here:
             for number in (1, 2):
                 here.change_policy()
                 metrics = await here.sync.sync(number)
@@ -45,8 +46,10 @@ def test_every_way_to_a_server(sglang_servers, sglang_model: Rig, version: str, 
                 answer = await one(here.pool, ask())
                 assert answer.weight_version == number
             assert {"weight_sync/prove_s", "weight_sync/probe_s", "weight_sync/total_s"} <= set(metrics)
+            assert (LOADER in here.engines["e"].facts.loaders) == (wanted != "stock")
 
     run(main)
+    assert "own loader" not in server.log.read_text(), "every bucket fitted"
 
 
 @pytest.mark.parametrize("mode", ["abort", "in_place", "retract"])
@@ -108,8 +111,8 @@ class OneUnitOff(EngineSync):
         policy = self.workers._hosts[0]._object  # type: ignore[attr-defined]
         send, name = self.shipment._send_buckets, "model.layers.1.mlp.up_proj.weight"
 
-        async def then_spoil(part, plan):  # type: ignore[no-untyped-def]
-            sent = await send(part, plan)
+        async def then_spoil(run, part, *plan):  # type: ignore[no-untyped-def]
+            sent = await send(run, part, *plan)
             for engine in part.engines.values():
                 await put(engine, *perturb(policy, name, 7))
             return sent
@@ -127,11 +130,9 @@ class BucketDropped(EngineSync):
     async def _deliver(self, engines, version):  # type: ignore[no-untyped-def]
         send = self.shipment._send_bucket
 
-        async def drop(part, index, bucket, count):  # type: ignore[no-untyped-def]
-            if index == 2:
-                await self.workers.all("weights_release", index)
-            else:
-                await send(part, index, bucket, count)
+        async def drop(index, bucket, name, engine):  # type: ignore[no-untyped-def]
+            if index != 2:
+                await send(index, bucket, name, engine)
 
         self.shipment._send_bucket = drop  # type: ignore[method-assign]
         return await super()._deliver(engines, version)

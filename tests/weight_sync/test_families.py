@@ -13,7 +13,7 @@ from engines.contract import SIZES
 from sglang_cpu.servers import SMALL
 
 from skyrl_train.engines.sglang.launch import SGLangServer
-from skyrl_train.engines.sglang.options import cpu_arguments, cpu_variables
+from skyrl_train.engines.sglang.options import cpu_arguments, cpu_variables, inside_variables
 from skyrl_train.models.folders import save_pretrained
 from skyrl_train.models.tiny import make_model
 from skyrl_train.models.tokenizers import make_tokenizer
@@ -57,7 +57,7 @@ def test_what_ranks_hold(case: str, sglang_python: str, tmp_path: Path, caplog: 
     changes, split, around, proof = (CASES | SLOW)[case]
     make(tmp_path / "model", changes)
     arguments = cpu_arguments() | SMALL | {"model_path": str(tmp_path / "model")} | split
-    variables = cpu_variables(tensor_parallel=split.get("tp_size", 1))
+    variables = cpu_variables(tensor_parallel=split.get("tp_size", 1)) | inside_variables()
 
     async def launch() -> Any:
         server = SGLangServer(

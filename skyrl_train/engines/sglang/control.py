@@ -129,25 +129,29 @@ class Control(WeightUpdates):
         self.running.set()
 
     async def prompt_logprobs(
-        self, token_ids: Sequence[int], start: int, *, adapter: str | None = None, salt: str | None = None
-    ) -> list[float]:
-        """Log-probs of ``token_ids[start:]`` under the model, at temperature 1. Goes past the gate of ``pause``.
+        self, rows: Sequence[Sequence[int]], starts: Sequence[int], *, adapter: str | None = None,
+        salt: str | None = None,
+    ) -> list[list[float]]:  # fmt: skip
+        """Log-probs of ``rows[i][starts[i]:]`` under the model, at temperature 1. Goes past the gate of ``pause``.
 
-        What lies before ``start`` is taken from the prefix cache if it is there: a cache that should have been
-        flushed shows.
+        What lies before the start is taken from the prefix cache if it is there: a cache that should have been
+        flushed shows. All rows are one request, so that they are computed together.
         """
         body: dict[str, Any] = {
-            "input_ids": list(token_ids),
+            "input_ids": [list(row) for row in rows],
             "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
             "return_logprob": True,
-            "logprob_start_len": start - 1,
+            "logprob_start_len": [start - 1 for start in starts],
         }
         body |= {"lora_path": adapter} if adapter else {}
         body |= {"extra_key": salt} if salt else {}
-        answer = await self.client.generate("/generate", body, deadline=self.control_timeout)
-        found = [entry[0] for entry in answer["meta_info"]["input_token_logprobs"]][-(len(token_ids) - start) :]
-        if len(found) != len(token_ids) - start or None in found:
-            raise EngineError(f"{self.client.url}/generate: no log-probs of a prompt's last tokens came back.")
+        answers = await self.client.generate("/generate", body, deadline=self.control_timeout)
+        found = []
+        for row, start, answer in zip(rows, starts, answers, strict=True):
+            values = [entry[0] for entry in answer["meta_info"]["input_token_logprobs"]][-(len(row) - start) :]
+            if len(values) != len(row) - start or None in values:
+                raise EngineError(f"{self.client.url}/generate: no log-probs of a prompt's last tokens came back.")
+            found.append(values)
         return found
 
     async def flush(self, wait: float = 5.0) -> None:

@@ -70,6 +70,8 @@ class ServerFacts:
     """A stream's events hold what is new, not all so far."""
     grammar: bool = True
     """Output can be held to a schema, pattern or grammar."""
+    loaders: frozenset[str] = frozenset()
+    """Ways to load weights that its owner has added (``custom_weight_loader``)."""
     endpoints: frozenset[str] = frozenset()
 
     @property
@@ -189,6 +191,7 @@ def _read(
         incremental=bool(info.get("incremental_streaming_output")),
         # On a CPU, xgrammar ends the scheduler with the first constrained request.
         grammar=device != "cpu" or info.get("grammar_backend") != "xgrammar",
+        loaders=frozenset(info.get("custom_weight_loader") or ()),
         endpoints=endpoints,
     )
 

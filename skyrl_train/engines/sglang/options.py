@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from skyrl_train.config.environ import EnvironmentVariables
 from skyrl_train.engines.sglang.attention import Capability, check_attention, choose_attention
 from skyrl_train.engines.sglang.causes import advice
+from skyrl_train.engines.sglang.payloads import LOADER
 from skyrl_train.errors import ConfigError, MissingPackageError
 from skyrl_train.runtime.gpus import gpu_capabilities
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 CPU_TOKENS = 16384
 """Tokens of the KV cache on a CPU, where SGLang would take most of the machine's memory."""
 LORA_RANK = 64
+INSIDE = Path(__file__).parent / "inside"
+"""The folder of what runs in SGLang's processes, whatever environment they have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +72,7 @@ def server_arguments(
         "attention_backend": choose_attention(around.capability, around.installed),
         "log_level": variables.sglang_log_level if variables else None,
         "json_model_override_args": _rope(config),
+        "custom_weight_loader": [LOADER],
     }
     if on_gpu:
         arguments |= {
@@ -116,10 +120,16 @@ def with_user_arguments(
 
 
 def server_variables(config: Config, *, around: Surroundings) -> dict[str, str | None]:
-    """Environment variables of a server on top of ours."""
+    """Environment variables of a server on top of ours, for the machine on which this is called."""
+    found = inside_variables()
     if around.capability is not None:
-        return {}
-    return cpu_variables(config.trainer.num_threads, config.generator.inference_engine_tensor_parallel_size)
+        return found
+    return found | cpu_variables(config.trainer.num_threads, config.generator.inference_engine_tensor_parallel_size)
+
+
+def inside_variables() -> dict[str, str | None]:
+    """What a server needs to find ``LOADER``, on this machine."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(INSIDE), os.environ.get("PYTHONPATH"))))}
 
 
 def cpu_variables(threads: int | None = None, tensor_parallel: int = 1) -> dict[str, str | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from skyrl_train.weight_sync.layout import Piece
+
 GB = 1 << 30
+LOADER = "skyrl_loader.load"
+"""Our own way in: ``inside/skyrl_loader.py``, where the server has it."""
 ALIGNMENT = 16
 """Bytes: where a tensor may start in a bucket, so that it can be read as its own type."""
 _DEVICE, _COUNTER, _COUNTER_PLACE = 6, 11, 12
@@ -105,8 +110,43 @@ def bucket_payloads(bucket: Bucket, flat: Tensor, ranks: int, readers: int = 1) 
             )
         )
         start += _aligned(spec.size)
-    copies = [flat if flat.is_cuda or rank == 0 else flat.clone() for rank in range(ranks)]
+    copies = _for_ranks(flat, ranks)
     return [serialize({"flattened_tensor": copy, "metadata": metadata}, readers) for copy in copies], copies
+
+
+def directed_payloads(directions: Sequence[str], flat: Tensor) -> tuple[list[str], list[Tensor]]:
+    """Payloads of one bucket for ``load_format=LOADER``, one for each rank.
+
+    Args:
+        directions: the message of each rank (``directions``).
+
+    Returns:
+        As ``bucket_payloads``.
+    """
+    copies = _for_ranks(flat, len(directions))
+    return [serialize([(text, copy)]) for text, copy in zip(directions, copies, strict=True)], copies
+
+
+def directions(bucket: Bucket, pieces: Mapping[str, Piece], totals: Mapping[str, int], *, tied: bool) -> str:
+    """What ``inside/skyrl_loader.py`` reads: the bucket's tensors, and where one rank holds them.
+
+    Args:
+        pieces, totals: as ``Layout.pieces`` returns them.
+        tied: the output embedding is the input's.
+    """
+    tensors, found, start = [], [], 0
+    for index, spec in enumerate(bucket):
+        tensors.append((spec.name, str(spec.dtype).removeprefix("torch."), spec.shape, start))
+        piece = pieces[spec.name]
+        found.append((index, piece.held, piece.first, piece.size, piece.stride, piece.start, piece.zeros))
+        start += _aligned(spec.size)
+    held = {piece[1]: totals[piece[1]] for piece in found}
+    return json.dumps({"tensors": tensors, "pieces": found, "held": held, "tied": tied}, separators=(",", ":"))
+
+
+def _for_ranks(flat: Tensor, ranks: int) -> list[Tensor]:
+    """Memory for each rank to open: on a CPU, each needs its own."""
+    return [flat if flat.is_cuda or rank == 0 else flat.clone() for rank in range(ranks)]
 
 
 def adapter_payloads(tensors: Mapping[str, Tensor], ranks: int) -> tuple[list[str], list[dict[str, Tensor]]]:

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from sglang_cpu.servers import begun
+from sglang_cpu.servers import begun, push
 
 from engines.contract import PROMPT, Rig, ask, one, plain_greedy
 from skyrl_train.engines.sglang.engine import SGLangEngine
 from skyrl_train.engines.sglang.facts import UNKNOWN_VERSION
 from skyrl_train.engines.sglang.launch import SGLangServer
-from skyrl_train.engines.sglang.payloads import Spec, adapter_payloads, bucket_payloads, pack, plan_buckets
+from skyrl_train.engines.sglang.payloads import adapter_payloads
 from skyrl_train.errors import EngineError
 
 
@@ -29,19 +29,6 @@ async def attached(server: SGLangServer) -> AsyncIterator[SGLangEngine]:
         yield engine
     finally:
         await engine.close()
-
-
-async def push(engine: SGLangEngine, model: torch.nn.Module, version: int, limit: int = 1 << 16) -> None:
-    await engine.begin_update()
-    held = model.state_dict()
-    specs = [Spec(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype) for name, tensor in held.items()]
-    for bucket in plan_buckets(specs, limit):
-        flat, _ = pack(bucket, [held[spec.name] for spec in bucket], "cpu")
-        payloads, alive = bucket_payloads(bucket, flat, engine.facts.tensor_parallel)
-        await engine.update_from_tensors(payloads)
-        del alive
-    await engine.end_update()
-    await engine.commit_weights(version)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from skyrl_train.engines.sglang.attention import check_attention, choose_attenti
 from skyrl_train.engines.sglang.causes import advice, last_error
 from skyrl_train.engines.sglang.options import Surroundings, command_line, look_around, server_arguments
 from skyrl_train.engines.sglang.options import server_variables as variables_of
+from skyrl_train.engines.sglang.payloads import LOADER
 from skyrl_train.errors import ConfigError, MissingPackageError
 
 HOPPER = Surroundings(capability=(9, 0), installed=frozenset({"sglang", "fa3", "flashinfer"}))
@@ -96,7 +98,10 @@ def test_a_cpu_gets_what_sglang_needs_there() -> None:
     assert found["mem_fraction_static"] == 0.5 and found["max_total_tokens"] == 16384
     variables = variables_of(configured("trainer.num_threads=3"), around=CPU)
     assert (variables["SGLANG_USE_CPU_ENGINE"], variables["OMP_NUM_THREADS"]) == ("1", "3")
-    assert variables_of(configured(), around=HOPPER) == {}
+    on_gpu = variables_of(configured(), around=HOPPER)
+    assert set(on_gpu) == {"PYTHONPATH"}, "where our loader lies"
+    first = str(on_gpu["PYTHONPATH"]).split(os.pathsep)[0]
+    assert LOADER.split(".")[0] + ".py" in os.listdir(first) and LOADER in arguments()["custom_weight_loader"]
 
 
 def test_sglangs_log_level() -> None:

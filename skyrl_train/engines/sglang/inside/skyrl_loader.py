@@ -1,0 +1,97 @@
+"""Runs inside SGLang: its processes load buckets of weights by ``--custom-weight-loader skyrl_loader.load``.
+
+SGLang's own loader looks for the place of each tensor anew, name by name, which for a small model takes longer than all
+the copying. Here the message tells the places, the views are made once, and a bucket is one call of copies.
+
+    {"tensors": [[name, dtype, shape, first byte], ...],        what the bucket holds
+     "pieces":  [[tensor, held name, first, size, stride, start, zeros], ...],      in elements
+     "held":    {held name: elements},                          what this rank must hold, if the places are right
+     "tied":    whether the output embedding is the input's}
+
+What does not fit what the model holds goes through the model's own ``load_weights``. Needs torch alone.
+"""
+
+import json
+import logging
+import math
+import weakref
+
+import torch
+
+log = logging.getLogger("skyrl_loader")
+_READY = weakref.WeakKeyDictionary()
+"""By model: the buckets that were seen, by their messages."""
+LIMIT = 1024
+"""Messages kept for a model."""
+
+
+def load(model, named_tensors):
+    """Loads buckets: pairs of a message and its ``[N]`` uint8 tensor."""
+    ready = _READY.setdefault(model, {})
+    for message, flat in named_tensors:
+        bucket = ready.get(message)
+        if bucket is None or bucket.moved():
+            if len(ready) >= LIMIT:
+                ready.clear()
+            bucket = ready[message] = _Bucket(model, json.loads(message))
+        with torch.no_grad():
+            bucket.load(model, flat)
+
+
+class _Bucket:
+    """Views of the model where a bucket's pieces go."""
+
+    def __init__(self, model, message):
+        self.tensors = [(name, getattr(torch, dtype), shape, at) for name, dtype, shape, at in message["tensors"]]
+        self.sources, self.targets, self.padding, self.addresses = [], [], [], []
+        self.misfit = self._find(dict(model.named_parameters()), message)
+        if self.misfit:
+            log.warning("skyrl_loader: %s; the bucket goes through the model's own loader", self.misfit)
+
+    def moved(self):
+        """The model's memory is another than when the views were made."""
+        return any(parameter.data_ptr() != address for parameter, address in self.addresses)
+
+    def load(self, model, flat):
+        if self.misfit:
+            model.load_weights([(n, _view(flat, dtype, shape, at)) for n, dtype, shape, at in self.tensors])
+            return
+        typed = {dtype: flat.view(dtype) for dtype in {source[0] for source in self.sources}}
+        sources = [torch.as_strided(typed[dtype], *where) for dtype, *where in self.sources]
+        torch._foreach_copy_(self.targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+        if self.padding:
+            torch._foreach_zero_(self.padding)  # pyright: ignore[reportPrivateImportUsage]
+
+    def _find(self, parameters, message):
+        """Makes the views; returns what does not fit."""
+        held = {}
+        if message["tied"] and "lm_head.weight" in parameters:
+            return "lm_head.weight is a copy of the tied embedding"
+        for name, elements in message["held"].items():
+            parameter = parameters.get(name, parameters.get(_inside_adapter(name)))
+            if parameter is None:
+                return f"{name} is not held"
+            if parameter.numel() != elements or not parameter.is_contiguous():
+                return f"{name} has {tuple(parameter.shape)} elements, not {elements} in one run"
+            held[name] = parameter.data.view(-1)
+            self.addresses.append((parameter, parameter.data_ptr()))
+        for index, name, first, size, stride, start, zeros in message["pieces"]:
+            _, dtype, _, at = self.tensors[index]
+            target, count = held[name], math.prod(size)
+            if target.dtype != dtype:
+                return f"{name} is {target.dtype}, not {dtype}"
+            self.sources.append((dtype, size, stride, at // dtype.itemsize + start))
+            self.targets.append(target[first : first + count].view(size))
+            if zeros:
+                self.padding.append(target[first + count : first + count + zeros])
+        return None
+
+
+def _view(flat, dtype, shape, at):
+    return flat[at : at + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+
+def _inside_adapter(name):
+    """SGLang's name for a weight that a LoRA adapter may change."""
+    head, _, last = name.rpartition(".")
+    return f"{head}.base_layer.{last}"
