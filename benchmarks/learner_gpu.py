@@ -64,7 +64,7 @@ UPDATES: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "update-4B-lora-16k-full": ("4B", K16, (COMPILED, LORA, FULL)),
     "update-4B-lora-16k-eager": ("4B", K16, (EAGER, LORA)),
 }
-OTHERS = ("attention", "ragged", "offload-4B", "scaling")
+OTHERS = ("attention", "ragged", "offload-4B", "scaling", "kernels")
 
 
 def make_folder(model: str, work: Path) -> Path:
@@ -114,6 +114,18 @@ def rated(found: dict[str, Any], shape: Any, lengths: list[int], *, frozen: bool
         "flops": flops["causal"], "mfu": rates["causal"], "mfu_full_attention": rates["full_attention"],
         "mfu_needed": rates["needed"],
     }  # fmt: skip
+
+
+def kernels(name: str, work: Path, small: bool) -> dict[str, Any]:
+    """Which kernels an update of 0.6B at 16k tokens spends its time in."""
+    model, length = ("tiny", 256) if small else ("0.6B", K16)
+    batch = make_batch([length], SHAPES[model].vocabulary)
+
+    async def script(workers: Any) -> dict[str, Any]:
+        return (await workers.all("profiled_update", batch, 1 if small else 3))[0]
+
+    config = config_for(make_folder(model, work), "trainer.micro_train_batch_size_per_gpu=1", COMPILED)
+    return asyncio.run(with_workers(config, 1, script))
 
 
 def ragged(name: str, work: Path, small: bool) -> dict[str, Any]:
@@ -249,7 +261,7 @@ def device() -> str:
 
 
 def one(name: str, work: Path, small: bool) -> dict[str, Any]:
-    kinds = {"attention": attention, "ragged": ragged, "offload-4B": offload, "scaling": scaling}
+    kinds = {"attention": attention, "ragged": ragged, "offload-4B": offload, "scaling": scaling, "kernels": kernels}
     return (update if name in UPDATES else kinds[name])(name, work, small)
 
 

@@ -44,6 +44,27 @@ class MeasuredPolicy(PolicyWorker):
             "memory": self.memory(), "metrics": {name: metrics[name] for name in names},
         }  # fmt: skip
 
+    def profiled_update(self, batch: TrainBatch, warm: int) -> dict[str, Any]:
+        """Milliseconds on the GPU, and calls, of the kernels that take longest in one update."""
+        from torch.profiler import ProfilerActivity, profile
+
+        for _ in range(warm):
+            self.update(batch)
+        self._wait()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+            begun = time.perf_counter()
+            self.update(batch)
+            self._wait()
+            seconds = time.perf_counter() - begun
+        rows = [event for event in recorded.key_averages() if str(event.device_type).endswith("CUDA")]
+        rows.sort(key=lambda event: -event.self_device_time_total)
+        kernels = {row.key[:120]: [round(row.self_device_time_total / 1e3, 2), row.count] for row in rows[:50]}
+        return {
+            "seconds": seconds,
+            "busy_ms": sum(row.self_device_time_total for row in rows) / 1e3,
+            "kernels": kernels,
+        }
+
     def timed_scoring(self, batch: TrainBatch, repeats: int) -> list[float]:
         seconds = []
         for _ in range(repeats + 1):
