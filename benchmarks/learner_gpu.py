@@ -130,15 +130,14 @@ def kernels(name: str, work: Path, small: bool) -> dict[str, Any]:
 
 def ragged(name: str, work: Path, small: bool) -> dict[str, Any]:
     """The same number of tokens in log-normal lengths (mean 512, up to 8k) and in equal ones."""
-    model, total, budget = ("tiny", 8192, 2048) if small else ("0.6B", 1 << 17, K16)
+    model, total, budget = ("tiny", 8192, 2048) if small else ("0.6B", 1 << 16, K16)
     shape, folder = SHAPES[model], make_folder(model, work)
     uneven = ragged_lengths(total, 512, 2000 if small else 8064)
     equal = [sum(uneven) // len(uneven)] * len(uneven)
-    one_length = [640] * (sum(uneven) // 640)
 
     async def script(workers: Any) -> dict[str, Any]:
         found = {}
-        for kind, lengths in (("ragged", uneven), ("equal", equal), ("of_640", one_length)):
+        for kind, lengths in (("ragged", uneven), ("equal", equal)):
             batch = make_batch(lengths, shape.vocabulary)
             (part,) = await workers.all("timed_updates", batch, *((1, 2) if small else (2, 4)))
             found[kind] = rated(part, shape, lengths)

@@ -141,7 +141,7 @@ class PolicyConfig:
     fsdp_config: FSDPConfig = section(FSDPConfig)
     sequence_parallel_size: int = key(1, "Workers that split each sequence.", minimum=1)
     use_torch_compile: bool | None = key(
-        None, "Compile the parts of the layers and the work on logits with torch.compile; null: on a GPU. The first "
+        None, "Compile the layers and the work on logits with torch.compile; null: on a GPU. The first "
         "passes then take a minute.", was=False, why="on a GPU it saves about a third of an update",
     )  # fmt: skip
     record_memory: bool = key(False, "Record a CUDA memory snapshot.", capability="memory snapshots")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from skyrl_train.models.gather import full_tensor
+from skyrl_train.models.gather import full_tensor, own_part
 from skyrl_train.models.lora import adapted_layers, merged_weight
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def whole_state_dict(model: PreTrainedModel, *, keep: bool = True) -> dict[str, 
         if name in layers:
             value = merged_weight(layers[name]).cpu()
         elif not hasattr(tensor, "full_tensor"):
-            value = tensor
+            value = tensor.detach()
         elif name in tied:
             continue
         else:
@@ -150,7 +150,7 @@ def whole_state_dict(model: PreTrainedModel, *, keep: bool = True) -> dict[str, 
 
 def _held(model: PreTrainedModel) -> dict[str, Tensor]:
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    return {name: tensor.detach() for name, tensor in _without_adapter(model).items() if name not in tied}
+    return {name: own_part(tensor) for name, tensor in _without_adapter(model).items() if name not in tied}
 
 
 def _without_adapter(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -158,7 +158,7 @@ def _without_adapter(model: PreTrainedModel) -> dict[str, Tensor]:
     layers = adapted_layers(model)
     names = {f"{name}.base_layer.": f"{name}." for name in layers}
     state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():  # to detach is dear where they are sharded
         head, _, last = name.rpartition(".")
         if head.rpartition(".")[0].rpartition(".")[0] in layers:
             continue  # <layer>.lora_A.default.weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -18,3 +19,12 @@ def full_tensor(tensor: Tensor) -> Tensor:
         return tensor
     home = sharded.device_mesh.device_type
     return (sharded if sharded.device.type == home else sharded.to(home)).full_tensor()
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Without a gradient, and a plain tensor where this rank holds all of it: work on DTensors takes much longer."""
+    sharded: Any = tensor
+    with torch.no_grad():
+        if hasattr(sharded, "full_tensor") and sharded.device_mesh.size() == 1:
+            return sharded.to_local().detach()
+        return tensor.detach()

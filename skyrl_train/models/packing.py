@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from skyrl_train.models.recompute import kept
 from skyrl_train.models.varlen import Run, VarlenPlan, gpu_kernel, takes
 
 SHORT = 16
@@ -62,8 +63,9 @@ class PackedPlan:
         queries = _gather(q, blocks.queries, blocks.query_shapes)
         keys, values = (_gather(x, blocks.keys, blocks.key_shapes) for x in (k, v))
         outputs = []
-        for block in zip(queries, keys, values, self._masks_of(window), strict=True):
-            out = scaled_dot_product_attention(*block, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        attend = partial(scaled_dot_product_attention, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        for *block, mask in zip(queries, keys, values, self._masks_of(window), strict=True):
+            out = kept(partial(attend, attn_mask=mask), *block)
             outputs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, blocks.back)[None]
 

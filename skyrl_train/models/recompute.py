@@ -3,10 +3,18 @@
 full        of each layer its input is kept, and the layer runs again
 selective   the output of attention is kept too, so that all but attention runs again. That is the dearest part of a
             layer for long sequences, and its output one of the smaller tensors.
+
+PyTorch's own selective checkpointing watches every operator of a layer from Python, which takes longer than launching
+it. Here attention alone is watched, through the hooks for saved tensors: what it saves beside its inputs is kept, and
+its inputs are saved again, in the same order, when the layer runs again and attention does not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,15 +22,8 @@ from torch import Tensor
 
 from skyrl_train.models.lora import has_adapter
 
-ATTENTION = (
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_cudnn_attention",
-    "aten::_scaled_dot_product_efficient_attention",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_flash_attention_forward",
-    "torch_attn::_varlen_attn",
-)
-"""The operators whose results ``selective`` keeps."""
+Attention = Callable[..., Tensor]
+_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def recompute_activations(model: Any, *, mode: str, use_reentrant: bool) -> None:
@@ -41,17 +42,73 @@ def recompute_activations(model: Any, *, mode: str, use_reentrant: bool) -> None
         model.get_input_embeddings().register_forward_hook(_start_gradient)
 
 
-def _contexts() -> Any:
-    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+def kept(attention: Attention, *inputs: Tensor) -> Tensor:
+    """``attention(*inputs)``; where a layer runs again for its gradients, what was computed the first time.
 
-    return create_selective_checkpoint_contexts(_policy)
+    Args:
+        attention: a kernel that saves its inputs as they are, and whatever else it needs, for its backward pass.
+    """
+    layer = _layer.get()
+    if layer is None or not torch.is_grad_enabled():
+        return attention(*inputs)
+    return layer.again(inputs) if layer.runs_again else layer.first(attention, inputs)
 
 
-def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
-    from torch.utils.checkpoint import CheckpointPolicy
+@dataclass(slots=True)
+class _Layer:
+    """What is kept of one layer's attention, from its first run to its second."""
 
-    kept = isinstance(operator, torch._ops.OpOverload) and operator.name().partition(".")[0] in ATTENTION
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    runs_again: bool = False
+    outputs: list[tuple[Tensor, list[int]]] = field(default_factory=list)
+    """Of each call its output, and which of its inputs it saved, in order."""
+
+    def first(self, attention: Attention, inputs: tuple[Tensor, ...]) -> Tensor:
+        give_up, fetch = _hooks(False)  # those of the checkpoint, which drops what is saved
+        places = {_place(tensor): index for index, tensor in enumerate(inputs)}
+        saved: list[int] = []
+
+        def pack(tensor: Tensor) -> tuple[bool, Any]:
+            index = places.get(_place(tensor))
+            if index is None:
+                return True, tensor
+            saved.append(index)
+            return False, give_up(tensor)
+
+        def unpack(held: tuple[bool, Any]) -> Tensor:
+            return held[1] if held[0] else fetch(held[1])
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            output = attention(*inputs)
+        self.outputs.append((output.detach(), saved))
+        return output
+
+    def again(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        output, saved = self.outputs.pop(0)
+        save, _ = _hooks(False)
+        for index in saved:
+            save(inputs[index])
+        return output.requires_grad_()
+
+    @contextmanager
+    def running(self, *, again: bool) -> Iterator[None]:
+        self.runs_again = again
+        token = _layer.set(self)
+        try:
+            yield
+        finally:
+            _layer.reset(token)
+
+
+_layer: ContextVar[_Layer | None] = ContextVar("layer", default=None)
+
+
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    layer = _Layer()
+    return layer.running(again=False), layer.running(again=True)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _start_gradient(module: Any, inputs: Any, output: Tensor) -> Tensor:

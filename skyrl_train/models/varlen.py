@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from skyrl_train.models.recompute import kept
+
 log = logging.getLogger("skyrl.models")
 
 LONG = 4096
@@ -88,12 +90,13 @@ class _Dense:
         if window is not None and window < self.length:
             ends = torch.tensor([0, self.length], dtype=torch.int32, device=q.device)
             parts = [x[own].contiguous() for x in (q, k, v)]
-            return kernel(*parts, ends, ends, self.length, self.length, scale=scale, window=window)
+            places = ends, ends, self.length, self.length
+            return kept(lambda q, k, v: kernel(q, k, v, *places, scale=scale, window=window), *parts)
         more = -self.length % ROUND
         q, k, v = (x[own].transpose(0, 1)[None] for x in (q, k, v))
         if more:
             q, k, v = (pad(x, (0, 0, 0, more)) for x in (q, k, v))
-        out = _dense(q, k, v, scale)
+        out = kept(lambda q, k, v: _dense(q, k, v, scale), q, k, v)
         return out[0, :, : self.length].transpose(0, 1)
 
 
@@ -132,7 +135,8 @@ class _Short:
             k, v = (x[self.queries].contiguous() for x in (k, v))
         else:
             k, v = (_Gather.apply(x, self.keys) for x in (k, v))  # pyright: ignore[reportAssignmentType]
-        return kernel(q, k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, scale=scale, window=window)
+        places = self.cu_q, self.cu_k, self.max_q, self.max_k
+        return kept(lambda q, k, v: kernel(q, k, v, *places, scale=scale, window=window), q, k, v)
 
 
 class _Gather(torch.autograd.Function):

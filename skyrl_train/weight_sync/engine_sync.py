@@ -13,8 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Mapping
 
 from skyrl_train.engines.pool import EnginePool
 from skyrl_train.engines.sglang.control import PauseMode
@@ -22,6 +21,7 @@ from skyrl_train.engines.sglang.engine import SGLangEngine
 from skyrl_train.errors import WeightSyncError
 from skyrl_train.learner.residents import Residents
 from skyrl_train.runtime.base import Workers
+from skyrl_train.runtime.local import quick_turns
 from skyrl_train.weight_sync.adapters import AdapterSync
 from skyrl_train.weight_sync.base import WeightSync
 from skyrl_train.weight_sync.delivery import Delivery
@@ -138,7 +138,8 @@ class EngineSync(WeightSync):
 
     async def _bring(self, engines: Mapping[str, SGLangEngine], version: int) -> dict[str, float]:
         try:
-            return await self._transaction(engines, version)
+            with quick_turns():
+                return await self._transaction(engines, version)
         finally:
             self.taking_part -= engines.keys()
 
@@ -169,31 +170,38 @@ class EngineSync(WeightSync):
         return self._metrics(delivery, version, time.monotonic() - begun)
 
     async def _deliver(self, engines: Mapping[str, SGLangEngine], version: int) -> Delivery:
-        """The learner packs while the engines pause, and computes its half of the probe while they prove."""
+        """The learner packs while the engines pause, and computes its half of the probe while they do theirs.
+
+        Where both are on one GPU, and the learner has to leave it first, it computes its half before that.
+        """
         run = Delivery(engines, version, self.settings.timeout)
         if self.residents:
             await self.residents.policy_only()
         await run.each("wake", lambda _, engine: engine.wake_up(["weights"]))
         await run.each("join", self.shipment.open)
         pause = asyncio.create_task(run.each("pause", lambda _, engine: engine.pause(self._pause_mode(engine))))
-        beside: list[asyncio.Task[Any]] = [pause]
         try:
             names = list(run.engines) if self.adapters is None else self.adapters.without_base(run)
             shipped = await self.shipment.send(run, names, merged=self.adapters is None, after=pause)
-            beside.append(expected := asyncio.create_task(self._expected(bool(run.engines))))
-            await self.shipment.prove(run, shipped)
-            if self.adapters is not None:
-                await self.adapters.take()
+        finally:
+            pause.cancel()
+            await asyncio.gather(pause, return_exceptions=True)
+        await self.shipment.prove(run, shipped)
+        if self.adapters is not None:
+            await self.adapters.take()
+        expected = asyncio.create_task(self._expected()) if self._probes and run.engines else None
+        try:
             if self.residents:
-                await expected
+                if expected is not None:
+                    await expected
                 await self.residents.nobody()
             await self._finish(run, version)
-            if asked := await expected:
-                await run.each("probe", lambda _, engine: self._probe(engine, *asked))
+            if expected is not None:
+                await run.each("probe", lambda _, engine: self._probe(engine, expected))
         finally:
-            for task in beside:
-                task.cancel()
-            await asyncio.gather(*beside, return_exceptions=True)
+            if expected is not None:
+                expected.cancel()
+                await asyncio.gather(expected, return_exceptions=True)
         if self.adapters is not None:
             await self.adapters.unload_old(run)
         return run
@@ -216,23 +224,25 @@ class EngineSync(WeightSync):
         else:  # what runs keeps its cache, so that cannot be emptied; new requests are kept apart from it
             engine.salt = f"skyrl-{time.monotonic_ns()}"
 
-    async def _expected(self, wanted: bool) -> list[list[list[float]]]:
+    @property
+    def _probes(self) -> bool:
+        return self.settings.proof in ("probe", "both") and bool(self.probe_rows)
+
+    async def _expected(self) -> list[list[list[float]]]:
         """The learner's log-probs of the probe, and those of its base model where an adapter is synced."""
-        if not wanted or self.settings.proof not in ("probe", "both") or not self.probe_rows:
-            return []
         asked = (self.probe_rows, Probe.start(self.probe_rows[0]))
         bases = (False,) if self.adapters is None else (False, True)
         return [(await self.workers.all("weights_probe", *asked, base))[0] for base in bases]
 
-    async def _probe(
-        self, engine: SGLangEngine, expected: list[list[float]], base: list[list[float]] | None = None
-    ) -> None:
+    async def _probe(self, engine: SGLangEngine, expected: Awaitable[list[list[list[float]]]]) -> None:
         dtype = engine.dtype(self.checkpoint_dtype)
         tolerance = tolerance_for(self.settings.probe_tolerance, dtype, self.learner_dtype)
         probe = Probe(rows=self.probe_rows, tolerance=tolerance)
-        await probe.check(engine, expected, adapter=engine.adapter, salt=engine.salt)
-        if self.adapters is not None and base is not None:
-            await self.adapters.check(engine, probe, expected, base)
+        found = await probe.ask(engine, adapter=engine.adapter, salt=engine.salt)
+        wanted, *base = await expected
+        probe.compare(engine.url, found, wanted)
+        if self.adapters is not None:
+            await self.adapters.check(engine, probe, wanted, *base)
 
     def _pause_mode(self, engine: SGLangEngine) -> PauseMode:
         """``retract`` ends SGLang 0.5.10 to 0.5.20 at the flush; there, the pool carries aborted requests on."""

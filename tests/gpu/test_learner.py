@@ -152,6 +152,7 @@ def test_an_adapters_base_is_held_in_half_precision(folder):
 def test_offload_frees_the_gpu_and_changes_nothing(folder):
     worker, batch = PolicyWorker(config(folder), 10), make_batch()
     expected = learned(worker, batch)["after"]
+    batch.old_logprobs = expected
     before = torch.cuda.memory_allocated()
     moved = worker.offload()
     assert moved >= 12 * sum(p.numel() for p in worker.module.parameters())
