@@ -26,17 +26,17 @@ from skyrl_train.engines.sglang.payloads import (
     adapter_payloads,
     bucket_payloads,
     directed_payloads,
-    directions,
-    pack,
+    empty_bucket,
     plan_buckets,
 )
 from skyrl_train.errors import WeightSyncError
 from skyrl_train.models.checkpoint_names import checkpoint_tensors
-from skyrl_train.models.gather import full_tensor
+from skyrl_train.models.gather import copy_whole, full_tensor
 from skyrl_train.models.lora import adapter_config, adapter_tensors, save_adapter
 from skyrl_train.runtime.background import beside
 from skyrl_train.runtime.place import host_identity
 from skyrl_train.weight_sync.digests import Digester, Kind
+from skyrl_train.weight_sync.directions import directions
 from skyrl_train.weight_sync.group import EngineGroup, address_towards
 from skyrl_train.weight_sync.layout import Layout, Rank
 
@@ -152,8 +152,9 @@ class WeightSender:
         if len(self._packed) >= AHEAD:
             raise WeightSyncError(f"weight sync failed in phase pack: {len(self._packed)} buckets were not released.")
         bucket = self._now.buckets[index]
-        tensors = [full_tensor(self._now.tensors[spec.name]) for spec in bucket]
-        self._packed[index] = pack(bucket, tensors, self._plan.device)
+        flat, views = empty_bucket(bucket, self._plan.device)
+        copy_whole(views, [self._now.tensors[spec.name] for spec in bucket])
+        self._packed[index] = flat, views
 
     def hash(self, index: int) -> None:
         """Takes the digests of bucket ``index``, once, in the order of the buckets."""

@@ -110,7 +110,7 @@ def test_ratios_start_at_one_whatever_was_sampled_from(world: World, tmp_path: P
 
 
 FILTER = (f"{A}.dynamic_sampling.type=filter", "trainer.train_batch_size=2", "trainer.policy_mini_batch_size=1",
-          f"{A}.dynamic_sampling.max_sample_batches=4")  # fmt: skip
+          f"{A}.dynamic_sampling.max_sample_batches=8", "environment.env_class=integration.toy_envs:Half")  # fmt: skip
 ADAPTIVE = (f"{A}.use_kl_in_reward=true", f"{A}.kl_ctrl.type=adaptive", f"{A}.kl_ctrl.kl_target=1e-4",
             f"{A}.kl_ctrl.horizon=100", f"{A}.kl_loss_coef=0.1")  # fmt: skip
 
@@ -123,9 +123,12 @@ def test_dynamic_sampling_learns_from_live_groups_alone(world: World, tmp_path: 
         assert line["prompts/used"] == 2 - line["sampling/missing_prompts"]
         assert line["prompts/used"] + line["prompts/filtered"] + line["prompts/lost"] == line["prompts/started"]
     assert max(line["sampling/rounds"] for line in run.history) > 1
-    first = run.trajectories(1)
-    assert len(first) == run.history[0]["trajectories/started"]
-    assert {t["outcome"] for t in first} == {"finished", "filtered"}
+    outcomes = set()
+    for step, line in enumerate(run.history, 1):
+        trajectories = run.trajectories(step)
+        assert len(trajectories) == line["trajectories/started"]
+        outcomes |= {t["outcome"] for t in trajectories}
+    assert outcomes == {"finished", "filtered"}
 
 
 @pytest.mark.parametrize("case", ["critic", "adaptive", "filter", "replace", "remax"])
@@ -160,9 +163,10 @@ def test_the_critic_learns_and_is_told_of(world: World, tmp_path: Path) -> None:
     more = ("trainer.max_steps=12", "trainer.train_batch_size=8", "trainer.critic_mini_batch_size=2")
     run = world.train(tmp_path, *BRIEF, *critic(world), *more)
     assert (run.folder / "metrics.jsonl").exists()
-    variance = [line["value/explained_variance"] for line in run.history]
-    assert sum(variance[-4:]) / 4 > max(0.0, variance[0])
-    for name in ("critic/loss", "critic/grad_norm", "critic/lr", "critic/clip_fraction", "value/mean", "return/mean"):
+    gaps = [abs(line["value/mean"] - line["return/mean"]) for line in run.history[-4:]]
+    moved = run.last["return/mean"] - run.history[0]["return/mean"]
+    assert max(gaps) < moved / 3, "the policy has moved the returns, and the critic has followed"
+    for name in ("critic/loss", "critic/grad_norm", "critic/lr", "critic/clip_fraction", "value/explained_variance"):
         assert all(name in line for line in run.history)
 
 

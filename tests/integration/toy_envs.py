@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import zlib
 from typing import Any
 
 from skyrl_train.envs.addition import AdditionEnv
@@ -55,6 +56,14 @@ class Brief(Env):
 
     def step(self, response: str) -> StepResult:
         return StepResult(reward=1.0 - len(response) / 24, terminated=True)
+
+
+class Half(Env):
+    """Every other prompt has nothing to teach; on the rest the rewards of different answers differ."""
+
+    def step(self, response: str) -> StepResult:
+        teaches = int(self.prompt.uid.rsplit("/")[-1]) % 2
+        return StepResult(reward=zlib.crc32(response.encode()) % 97 / 97 if teaches else 1.0, terminated=True)
 
 
 class Constant(Env):

@@ -17,7 +17,7 @@ from engines.contract import Rig, make_rig
 
 from skyrl_train.engines.sglang.engine import SGLangEngine
 from skyrl_train.engines.sglang.launch import SGLangServer
-from skyrl_train.engines.sglang.options import STREAM, cpu_arguments, cpu_variables, inside_variables
+from skyrl_train.engines.sglang.options import cpu_arguments, cpu_variables, inside_variables
 from skyrl_train.engines.sglang.payloads import LOADER, Spec, bucket_payloads, pack, plan_buckets
 
 INSTALL = Path(__file__).with_name("install.sh")
@@ -28,7 +28,6 @@ SMALL = {
     "max_running_requests": 16,
     "skip_server_warmup": True,
     "incremental_streaming_output": True,
-    "stream_interval": STREAM,
     "random_seed": 1,
     "custom_weight_loader": [LOADER],
 }

@@ -74,5 +74,6 @@ def test_what_ranks_hold(case: str, sglang_python: str, tmp_path: Path, caplog: 
             if proof == "both":
                 assert await here.answers_as_the_policy(here.engines["e"])
             assert here.sync.shipment._digests.told == set() or "pipeline stages" in caplog.text
+        assert "own loader" not in (tmp_path / "engine.log").read_text(), "what was told to our loader fitted"
 
     asyncio.run(main())

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from skyrl_train.engines.sglang.inside import skyrl_loader  # pyright: ignore[reportAttributeAccessIssue]
-from skyrl_train.engines.sglang.payloads import Spec, directions, pack, plan_buckets
+from skyrl_train.engines.sglang.payloads import Spec, pack, plan_buckets
+from skyrl_train.weight_sync.directions import directions
 from skyrl_train.weight_sync.layout import Layout, Rank
 
 L = "model.layers.0."

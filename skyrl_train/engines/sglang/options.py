@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 CPU_TOKENS = 16384
 """Tokens of the KV cache on a CPU, where SGLang would take most of the machine's memory."""
 LORA_RANK = 64
-STREAM = 8
-"""Tokens of one event of a stream. One by one, a few hundred streams keep a core of either side busy; what a lost
-connection takes with it is at most so many tokens, which are sampled again."""
 INSIDE = Path(__file__).parent / "inside"
 """The folder of what runs in SGLang's processes, whatever environment they have."""
 
@@ -72,7 +69,6 @@ def server_arguments(
         "disable_cuda_graph": generator.enforce_eager,
         "skip_server_warmup": True,
         "incremental_streaming_output": True,
-        "stream_interval": STREAM,
         "attention_backend": choose_attention(around.capability, around.installed),
         "log_level": variables.sglang_log_level if variables else None,
         "json_model_override_args": _rope(config),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,8 +20,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from skyrl_train.weight_sync.layout import Piece
 
 GB = 1 << 30
 LOADER = "skyrl_loader.load"
@@ -58,7 +55,7 @@ def plan_buckets(specs: Iterable[Spec], limit: int = GB) -> list[Bucket]:
     buckets: list[list[Spec]] = []
     used = 0
     for spec in specs:
-        size = _aligned(spec.size)
+        size = aligned(spec.size)
         if not buckets or used + size > limit:
             buckets.append([])
             used = 0
@@ -67,16 +64,23 @@ def plan_buckets(specs: Iterable[Spec], limit: int = GB) -> list[Bucket]:
     return [tuple(bucket) for bucket in buckets]
 
 
-def pack(bucket: Bucket, tensors: Sequence[Tensor], device: torch.device | str) -> tuple[Tensor, list[Tensor]]:
-    """One run of bytes that holds the tensors, converted to their specs' types in the same pass.
+def empty_bucket(bucket: Bucket, device: torch.device | str) -> tuple[Tensor, list[Tensor]]:
+    """One run of bytes for the tensors, converted to their specs' types.
 
     Returns:
-        The bytes, ``[N]`` uint8 on ``device``, and the tensors in it as views.
+        The bytes, ``[N]`` uint8 on ``device``, and the tensors in it as views, to be filled.
     """
     import torch
 
-    flat = torch.empty(sum(_aligned(spec.size) for spec in bucket), dtype=torch.uint8, device=device)
-    views = unpack(bucket, flat)
+    flat = torch.empty(sum(aligned(spec.size) for spec in bucket), dtype=torch.uint8, device=device)
+    return flat, unpack(bucket, flat)
+
+
+def pack(bucket: Bucket, tensors: Sequence[Tensor], device: torch.device | str) -> tuple[Tensor, list[Tensor]]:
+    """``empty_bucket``, filled with whole tensors in one pass."""
+    import torch
+
+    flat, views = empty_bucket(bucket, device)
     with torch.no_grad():
         torch._foreach_copy_(views, [t.detach() for t in tensors])  # pyright: ignore[reportPrivateImportUsage]
     return flat, views
@@ -87,7 +91,7 @@ def unpack(bucket: Bucket, flat: Tensor) -> list[Tensor]:
     views, start = [], 0
     for spec in bucket:
         views.append(flat[start : start + spec.size].view(spec.dtype).view(spec.shape))
-        start += _aligned(spec.size)
+        start += aligned(spec.size)
     return views
 
 
@@ -109,7 +113,7 @@ def bucket_payloads(bucket: Bucket, flat: Tensor, ranks: int, readers: int = 1) 
                 name=spec.name, shape=spec.shape, dtype=spec.dtype, start_idx=start, end_idx=end, numel=spec.size
             )
         )
-        start += _aligned(spec.size)
+        start += aligned(spec.size)
     copies = _for_ranks(flat, ranks)
     return [serialize({"flattened_tensor": copy, "metadata": metadata}, readers) for copy in copies], copies
 
@@ -118,30 +122,13 @@ def directed_payloads(directions: Sequence[str], flat: Tensor) -> tuple[list[str
     """Payloads of one bucket for ``load_format=LOADER``, one for each rank.
 
     Args:
-        directions: the message of each rank (``directions``).
+        directions: the message of each rank (``weight_sync/directions.py``).
 
     Returns:
         As ``bucket_payloads``.
     """
     copies = _for_ranks(flat, len(directions))
     return [serialize([(text, copy)]) for text, copy in zip(directions, copies, strict=True)], copies
-
-
-def directions(bucket: Bucket, pieces: Mapping[str, Piece], totals: Mapping[str, int], *, tied: bool) -> str:
-    """What ``inside/skyrl_loader.py`` reads: the bucket's tensors, and where one rank holds them.
-
-    Args:
-        pieces, totals: as ``Layout.pieces`` returns them.
-        tied: the output embedding is the input's.
-    """
-    tensors, found, start = [], [], 0
-    for index, spec in enumerate(bucket):
-        tensors.append((spec.name, str(spec.dtype).removeprefix("torch."), spec.shape, start))
-        piece = pieces[spec.name]
-        found.append((index, piece.held, piece.first, piece.size, piece.stride, piece.start, piece.zeros))
-        start += _aligned(spec.size)
-    held = {piece[1]: totals[piece[1]] for piece in found}
-    return json.dumps({"tensors": tensors, "pieces": found, "held": held, "tied": tied}, separators=(",", ":"))
 
 
 def _for_ranks(flat: Tensor, ranks: int) -> list[Tensor]:
@@ -201,7 +188,8 @@ def _count_readers(handle: bytes, place: int, more: int) -> None:
             memory[at] = (int.from_bytes(memory[at], "little", signed=True) + more).to_bytes(8, "little", signed=True)
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """The bytes that a tensor of ``size`` bytes takes in a bucket."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 

@@ -1,0 +1,26 @@
+"""What the loader inside an SGLang server is told of a bucket: see ``engines/sglang/inside/skyrl_loader.py``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from skyrl_train.engines.sglang.payloads import Bucket, aligned
+from skyrl_train.weight_sync.layout import Piece
+
+
+def directions(bucket: Bucket, pieces: Mapping[str, Piece], totals: Mapping[str, int], *, tied: bool) -> str:
+    """What ``inside/skyrl_loader.py`` reads: the bucket's tensors, and where one rank holds them.
+
+    Args:
+        pieces, totals: as ``Layout.pieces`` returns them.
+        tied: the output embedding is the input's.
+    """
+    tensors, found, start = [], [], 0
+    for index, spec in enumerate(bucket):
+        tensors.append((spec.name, str(spec.dtype).removeprefix("torch."), spec.shape, start))
+        piece = pieces[spec.name]
+        found.append((index, piece.held, piece.first, piece.size, piece.stride, piece.start, piece.zeros))
+        start += aligned(spec.size)
+    held = {piece[1]: totals[piece[1]] for piece in found}
+    return json.dumps({"tensors": tensors, "pieces": found, "held": held, "tied": tied}, separators=(",", ":"))
