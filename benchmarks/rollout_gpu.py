@@ -96,6 +96,8 @@ async def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
             }  # fmt: skip
             result[f"{count} in flight"] = found
             print(size, count, found, flush=True)
+            if options.out:  # a run that is cut short keeps what it has
+                options.out.with_suffix(".part.json").write_text(json.dumps(result, indent=1) + "\n")
     if options.offline:
         result["offline"] = {str(n): offline(folder, n, options) for n in options.in_flight}
         for count in options.in_flight:

@@ -220,7 +220,11 @@ class GeneratorConfig:
         was="nccl", why="the embedded engine needs no transport",
     )  # fmt: skip
     weight_transfer_threshold_cuda_ipc_GB: float = key(
-        1.0, "Size of one bucket of a weight sync; two are in memory at a time.", above=0, unit="GB", backends=SERVERS
+        1.0,
+        "Size of one bucket of a weight sync; two are in memory at a time, three where workers share the model.",
+        above=0,
+        unit="GB",
+        backends=SERVERS,
     )
     weight_sync_path: str | None = key(
         None, "Folder for a weight sync by disk, which learner and engines can reach; null: in the run folder.",

@@ -116,8 +116,8 @@ class TrainerConfig:
         why="it trades time for memory, and on a CPU there is memory",
     )  # fmt: skip
     gradient_checkpointing_mode: str = key(
-        "selective", "What is kept of a layer: its input (full), or also the output of its attention, which is then "
-        "not computed twice.", choices=("full", "selective"),
+        "selective", "What is kept of a layer: its input (full), or also the output of its attention, which for packed "
+        "sequences is then not computed twice.", choices=("full", "selective"),
     )  # fmt: skip
     gradient_checkpointing_use_reentrant: bool = key(
         False, "The older implementation of checkpointing; it knows the full mode alone."

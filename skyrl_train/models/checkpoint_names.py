@@ -43,7 +43,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
 
     Names are known at once, and ``spec`` tells shapes without computing. A value is made when it is asked for:
 
-    - a parameter as it is: shares the model's memory, and is a DTensor where the model is sharded;
+    - a parameter as it is: shares the model's memory, and is a DTensor where several workers share it;
     - the weight of a layer with an adapter: merged, in one piece;
     - a part of a fused tensor: cut from it, in one piece; a layer's parts are kept until another layer's are asked for.
 
@@ -123,6 +123,7 @@ def checkpoint_tensors(model: PreTrainedModel, *, merged: bool = True) -> Checkp
     return CheckpointTensors(model, merged=merged)
 
 
+@torch.no_grad()
 def whole_state_dict(model: PreTrainedModel, *, keep: bool = True) -> dict[str, Tensor]:
     """The state dict that the model would have if it were not sharded and its adapter's work were in its weights.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,14 +183,18 @@ def save_adapter(model: nn.Module, base: str, folder: Path, *, write: bool = Tru
     Raises:
         ModelError: something other than an adapter's folder is there. It is left alone.
     """
+    tensors = {name: full_tensor(tensor).cpu() for name, tensor in adapter_tensors(model).items()}
+    if write:
+        write_adapter(tensors, adapter_config(model, base), folder)
+
+
+def write_adapter(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> None:
+    """Writes a PEFT folder of what ``adapter_tensors`` and ``adapter_config`` gave. Errors as ``save_adapter``'s."""
     from safetensors.torch import save_file
 
-    tensors = {name: full_tensor(tensor).cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
-
     def fill(partial: Path) -> None:
-        save_file(tensors, partial / WEIGHTS_FILE, {"format": "pt"})
-        text = json.dumps(adapter_config(model, base), indent=2, sort_keys=True)
+        save_file({name: t.contiguous() for name, t in tensors.items()}, partial / WEIGHTS_FILE, {"format": "pt"})
+        text = json.dumps(config, indent=2, sort_keys=True)
         (partial / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
-    if write:
-        replace_folder(folder, fill, mark=CONFIG_FILE)
+    replace_folder(folder, fill, mark=CONFIG_FILE)

@@ -11,7 +11,7 @@ keys are the shared prompt and the response's own tokens, so its work too follow
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -53,7 +53,7 @@ class PackedPlan:
 
     def __init__(self, segments: list[_Segment], length: int, device: torch.device | str) -> None:
         self.length, self._segments, self._device = length, segments, device
-        self._masks: dict[int | None, list[Tensor]] = {}
+        self._masks: dict[tuple[int | None, torch.dtype], list[Tensor]] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
         """See ``models.attention.AttentionPlan``; ``q`` is ``[1, heads, N, head_dim]``."""
@@ -64,9 +64,10 @@ class PackedPlan:
         keys, values = (_gather(x, blocks.keys, blocks.key_shapes) for x in (k, v))
         outputs = []
         attend = partial(scaled_dot_product_attention, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        for *block, mask in zip(queries, keys, values, self._masks_of(window), strict=True):
-            out = kept(partial(attend, attn_mask=mask), *block)
-            outputs.append(out.transpose(1, 2).flatten(0, 1))
+        # On a GPU this is the way without a kernel of half precision, whose gradients may need all weights of all keys.
+        keep = kept if not q.is_cuda else _once
+        for block in zip(queries, keys, values, self._masks_of(window, q.dtype), strict=True):
+            outputs.append(keep(attend, *block).transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, blocks.back)[None]
 
     @cached_property
@@ -79,12 +80,16 @@ class PackedPlan:
     def _blocks(self) -> _Blocks:
         return _Blocks([_block(group) for group in _grouped(self._segments)], self.length, self._device)
 
-    def _masks_of(self, window: int | None) -> list[Tensor]:
-        """``[n, 1, R, K]`` bool for each block: which key a query sees. Made once for each window."""
-        if window not in self._masks:
+    def _masks_of(self, window: int | None, dtype: torch.dtype) -> list[Tensor]:
+        """``[n, 1, R, K]`` for each block, to be added: 0 where a query sees a key, else -inf.
+
+        Made once for each window; of a mask of bools, every call would make such a tensor for its backward pass.
+        """
+        if (window, dtype) not in self._masks:
             reach = self.length if window is None else window
-            self._masks[window] = [(d >= 0) & (d < reach) for d in self._blocks.distances]
-        return self._masks[window]
+            seen = [(d >= 0) & (d < reach) for d in self._blocks.distances]
+            self._masks[window, dtype] = [torch.zeros_like(m, dtype=dtype).masked_fill_(~m, -math.inf) for m in seen]
+        return self._masks[window, dtype]
 
 
 class _Blocks:
@@ -100,6 +105,10 @@ class _Blocks:
         self.queries, self.back = queries.to(device), back.to(device)
         self.keys = torch.cat([block.keys.flatten() for block in blocks]).to(device)
         self.distances = [block.distance.to(device) for block in blocks]
+
+
+def _once(attention: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    return attention(*inputs)
 
 
 def _gather(x: Tensor, positions: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:

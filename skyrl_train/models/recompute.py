@@ -1,8 +1,8 @@
 """Gradient checkpointing: what a backward pass recomputes, and what it keeps.
 
 full        of each layer its input is kept, and the layer runs again
-selective   the output of attention is kept too, so that all but attention runs again. That is the dearest part of a
-            layer for long sequences, and its output one of the smaller tensors.
+selective   the output of attention over packed sequences is kept too, so that all else runs again. That is the dearest
+            part of a layer for long sequences, and its output one of the smaller tensors.
 
 PyTorch's own selective checkpointing watches every operator of a layer from Python, which takes longer than launching
 it. Here attention alone is watched, through the hooks for saved tensors: what it saves beside its inputs is kept, and
@@ -87,7 +87,7 @@ class _Layer:
         save, _ = _hooks(False)
         for index in saved:
             save(inputs[index])
-        return output.requires_grad_()
+        return output.requires_grad_(any(tensor.requires_grad for tensor in inputs))
 
     @contextmanager
     def running(self, *, again: bool) -> Iterator[None]:

@@ -103,9 +103,10 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
     first = parts[0]
     if len(parts) == 1:
         return first
-    end = first.data_ptr()
+    end, bucket = first.data_ptr(), first.untyped_storage().data_ptr()
     for part in parts:
-        if part.data_ptr() != end or not part.is_contiguous() or part.dtype != first.dtype:
+        apart = part.data_ptr() != end or part.untyped_storage().data_ptr() != bucket
+        if apart or not part.is_contiguous() or part.dtype != first.dtype:
             return torch.cat([part.flatten() for part in parts])
         end += part.nbytes
     return first.as_strided((sum(part.numel() for part in parts),), (1,))

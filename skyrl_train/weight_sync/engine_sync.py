@@ -212,12 +212,9 @@ class EngineSync(WeightSync):
         if self.adapters is not None:
             await self.adapters.load(run)
         await asyncio.gather(
-            run.each("flush", self._flush), run.each("commit", lambda _, engine: engine.label(version))
+            run.each("flush", self._flush), run.each("commit", lambda _, engine: engine.set_version(version))
         )
-        await asyncio.gather(
-            run.each("continue", lambda _, engine: engine.resume(admit=False)),
-            run.each("commit", lambda _, engine: engine.confirm(version)),
-        )
+        await run.each("continue", lambda _, engine: engine.resume(admit=False))
 
     # Parts of the transaction.
 

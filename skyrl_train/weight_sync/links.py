@@ -56,7 +56,7 @@ class Link(ABC):
         """Makes the way, if it is not there yet."""
 
     async def prepare(self, index: int) -> None:  # noqa: B027 - optional
-        """After a bucket was packed, while the one before it is still on its way."""
+        """Before ``send``, when nothing else is on its way."""
 
     @abstractmethod
     async def send(self, index: int, bucket: Bucket) -> None:

@@ -32,7 +32,7 @@ from skyrl_train.engines.sglang.payloads import (
 from skyrl_train.errors import WeightSyncError
 from skyrl_train.models.checkpoint_names import checkpoint_tensors
 from skyrl_train.models.gather import copy_whole, full_tensor
-from skyrl_train.models.lora import adapter_config, adapter_tensors, save_adapter
+from skyrl_train.models.lora import adapter_config, adapter_tensors, write_adapter
 from skyrl_train.runtime.background import beside
 from skyrl_train.runtime.place import host_identity
 from skyrl_train.weight_sync.digests import Digester, Kind
@@ -240,8 +240,8 @@ class WeightSender:
         return payloads
 
     def adapter_write(self, folder: str) -> None:
-        """Writes the adapter as a PEFT folder."""
-        save_adapter(self.model, str(self.model.name_or_path), Path(folder))
+        """Writes what ``adapter_begin`` took as a PEFT folder. One worker does it, and needs no other."""
+        write_adapter(self._adapter, adapter_config(self.model, str(self.model.name_or_path)), Path(folder))
 
     def adapter_end(self) -> None:
         """Frees what ``adapter_begin`` took."""

@@ -75,7 +75,8 @@ class Shipment:
         """
         shipped = []
         for plan, together in self._plans(run, names, merged):
-            part = Delivery({name: run.engines[name] for name in together}, run.version, run.timeout)
+            there = {name: run.engines[name] for name in together if name in run.engines}
+            part = Delivery(there, run.version, run.timeout)
             part.seconds = run.seconds
             shipped.append((part, await self._send_buckets(run, part, plan, after)))
             await self._drop_failed(run, part)
@@ -130,7 +131,6 @@ class Shipment:
             buckets = (await self.workers.all("weights_begin", plan))[0]
             for index, bucket in enumerate(buckets):
                 await _timed(part, "pack", self.workers.all("weights_pack", index))
-                await part.each("share", lambda name, _, index=index: self._links[name].prepare(index))
                 if on_its_way is not None:
                     await on_its_way
                     await self.workers.all("weights_release", index - 1)
@@ -139,6 +139,8 @@ class Shipment:
                         await after
                         part.engines = {name: part.engines[name] for name in part.engines if name in run.engines}
                     await part.each("begin", lambda _, engine: engine.begin_update())
+                # Not earlier: what is shared and not read is never given back.
+                await part.each("share", lambda name, _, index=index: self._links[name].prepare(index))
                 detail = f"bucket {index + 1} of {len(buckets)}"
                 send = partial(self._send_bucket, index, bucket)
                 on_its_way = asyncio.create_task(part.each("send", send, detail=detail))

@@ -95,11 +95,11 @@ def test_log_probs_and_gradients_are_those_of_the_padded_path(heads, rows, share
 @pytest.mark.parametrize("lengths", [[20] * 64, [5] * 40 + [300], list(range(1, 200, 3))])
 def test_little_is_padded(lengths):
     packed = pack([[1] * 30] * len(lengths), [[2] * n for n in lengths], share_prompts=True)
-    computed = sum(mask.numel() for mask in packed.plan._masks_of(None))
+    computed = sum(mask.numel() for mask in packed.plan._masks_of(None, torch.float32))
     needed = 30 * 30 + sum(max(n, 16) * (30 + max(n, 16)) for n in lengths)
     assert computed <= 1.6 * needed
 
 
 def test_responses_of_one_length_are_one_block():
     packed = pack([[i] * 30 for i in range(8)], [[2] * 50] * 8, share_prompts=True)
-    assert [tuple(m.shape) for m in packed.plan._masks_of(None)] == [(8, 1, 30, 30), (8, 1, 50, 80)]
+    assert [tuple(m.shape) for m in packed.plan._masks_of(None, torch.float32)] == [(8, 1, 30, 30), (8, 1, 50, 80)]

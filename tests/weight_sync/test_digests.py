@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +42,18 @@ def test_one_unit_in_the_last_place_changes_it(kind) -> None:
 def test_several_at_once() -> None:
     tensors = [torch.randn(n) for n in (1, 50, 9000)]
     assert finish(tiles(tensors)) == [digest(t, "tiles") for t in tensors]
+
+
+def test_neighbours_in_memory_that_are_not_of_one_bucket() -> None:
+    """As a copy of what waits may happen to lie before the next bucket."""
+    memory = np.arange(16, dtype=np.float32)
+    gate, up = torch.from_numpy(memory[:8]).view(2, 4), torch.from_numpy(memory[8:]).view(2, 4)
+    assert gate.data_ptr() + gate.nbytes == up.data_ptr()
+    names = [f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up")]
+    digester = Digester(Layout(names, kv_heads=1), [Rank()], "sha256")
+    digester.add(zip(names, (gate, up), strict=True))
+    found = digester.result()[Rank()]["model.layers.0.mlp.gate_up_proj.weight"]
+    assert found == digest(torch.from_numpy(memory), "sha256")
 
 
 @pytest.mark.parametrize("kind", ["sha256", "tiles"])

@@ -91,16 +91,8 @@ class Control(WeightUpdates):
         Raises:
             EngineError: the server reports another version afterwards.
         """
-        await self.label(version)
-        await self.confirm(version)
-
-    async def label(self, version: int) -> None:
-        """The first half of ``set_version``: the version is not committed before ``confirm``."""
         body = {"new_version": str(version), "abort_all_requests": False}
         succeeded(self.client.url, "/update_weight_version", await self._post("/update_weight_version", body))
-
-    async def confirm(self, version: int) -> None:
-        """The second half. Errors as ``set_version``'s."""
         found = await self.version()
         if found != version:
             shown = "a label that is no number" if found == UNKNOWN_VERSION else str(found)
