@@ -50,6 +50,7 @@ async def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
     from skyrl_train import build
     from skyrl_train.config.door import load_config
     from skyrl_train.doors import Doors
+    from skyrl_train.runtime.collector import settled
     from skyrl_train.runtime.site import open_site
     from skyrl_train.sampling import start_sampling
     from skyrl_train.tracking.run_folder import RunFolder
@@ -79,6 +80,7 @@ async def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
         tracker = stack.enter_context(Tracker.open(config, run, 1))
         await Doors(started.weight_sync, tracker, 0).enter_generation()
         generator = build._generator(config, started.engine, chat)
+        stack.enter_context(settled())
         engine: Any = next(iter(started.engine.engines().values()))  # pyright: ignore[reportAttributeAccessIssue]
         for count in options.in_flight:
             prompts = make_prompts(chat, count)

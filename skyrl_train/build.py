@@ -32,6 +32,7 @@ from skyrl_train.learner.policy import Critic, Policy, Scorer
 from skyrl_train.learner.residents import Residents
 from skyrl_train.prompts import PromptSource
 from skyrl_train.rounds import Rounds
+from skyrl_train.runtime.collector import settled
 from skyrl_train.runtime.site import Site, open_site
 from skyrl_train.sampling import start_sampling
 from skyrl_train.tracking.run_folder import RunFolder
@@ -82,6 +83,7 @@ def generate(config: Config, run_folder: Path) -> None:
 async def _train(config: Config, run_folder: Path) -> None:
     async with AsyncExitStack() as stack:
         trainer = await build_trainer(config, run_folder, stack)
+        stack.enter_context(settled())
         await trainer.train()
 
 
@@ -95,6 +97,7 @@ async def _generate(config: Config, run_folder: Path) -> None:
         nothing = PromptDataset([])
         run = await _sampling(config, site, folder, tokenizer, chat, nothing, prompts, total_steps=0, stack=stack)
         await Doors(run.weight_sync, run.tracker, version=0).enter_generation()
+        stack.enter_context(settled())
         with run.tracker.step(0) as log_metrics:
             log_metrics(await run.evaluator.run(0))
 

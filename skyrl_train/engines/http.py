@@ -1,7 +1,8 @@
 """``ServerClient``: one HTTP client for one inference server. Every call has a deadline; no call is ever repeated.
 
     generate, stream    on pooled connections: thousands at a time, idle ones dropped before the server drops them
-    get, post, ...      on a connection each: uvicorn closes idle ones after 5 s, and a control call must not meet that
+    get, post, ...      on connections that serve calls close upon each other, such as a weight sync's: uvicorn closes
+                        idle ones after 5 s, and a control call must not meet that
 
 Errors name the address, the path, and what the server said.
 """
@@ -9,30 +10,21 @@ Errors name the address, the path, and what the server said.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
+import orjson
 
 from skyrl_train.engines.base import Completion
 from skyrl_train.engines.faults import EngineLostError, EngineRefusedError
 from skyrl_train.errors import EngineError, EngineTimeoutError
 
-try:
-    import orjson  # pyright: ignore[reportMissingImports]
-
-    dumps, loads = orjson.dumps, orjson.loads
-except ImportError:  # the standard one is slower, and right
-
-    def dumps(value: Any) -> bytes:
-        return json.dumps(value, separators=(",", ":")).encode()
-
-    loads = json.loads
-
 IDLE = 3.0
 """Seconds after which an unused pooled connection is closed: less than the 5 s of uvicorn."""
+CONTROL_IDLE = 1.0
+"""The same for control calls."""
 CONNECT = 10.0
 """Seconds for a TCP connection."""
 QUOTED = 500
@@ -57,7 +49,7 @@ class ServerClient:
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pooled: aiohttp.ClientSession | None = None
-        self._single: aiohttp.ClientSession | None = None
+        self._control: aiohttp.ClientSession | None = None
         self._retired: list[aiohttp.ClientSession] = []
         self._final = False
         self._scopes: set[asyncio.Timeout] = set()
@@ -65,7 +57,7 @@ class ServerClient:
 
     async def get(self, path: str, *, deadline: float) -> Any:
         """The JSON at ``path``. See ``post`` for what is raised."""
-        return await self._control("GET", path, None, deadline)
+        return await self._ask("GET", path, None, deadline)
 
     async def post(self, path: str, body: Any = None, *, deadline: float) -> Any:
         """The JSON that a control call answers, or its text.
@@ -75,7 +67,7 @@ class ServerClient:
             EngineRefusedError: 4xx.
             EngineLostError: 5xx, or the connection failed.
         """
-        return await self._control("POST", path, body, deadline)
+        return await self._ask("POST", path, body, deadline)
 
     async def exists(self, path: str, *, deadline: float) -> bool:
         """Whether the server has an endpoint there. Asks by OPTIONS, which runs nothing and needs no key."""
@@ -87,7 +79,7 @@ class ServerClient:
         async with self._call("POST", path, body, deadline, self._sessions()[0]) as response:
             content = await response.read()
             self._check(response, path, content)
-            return loads(content)
+            return orjson.loads(content)
 
     async def stream(self, path: str, body: Any, *, deadline: float) -> AsyncGenerator[Any, None]:
         """The events of one generation as they come, each parsed. Errors as ``post``'s."""
@@ -102,7 +94,7 @@ class ServerClient:
                     if text == b"[DONE]":
                         done = True  # read on to the end, so that the connection can be used again
                     elif text:
-                        yield loads(text)
+                        yield orjson.loads(text)
             if not done:
                 raise EngineLostError(f"{self.url}{path}: the answer broke off.")
 
@@ -117,18 +109,18 @@ class ServerClient:
             self._broken.add(scope)
             scope.reschedule(0.0)
         await asyncio.sleep(0)
-        sessions = [self._pooled, self._single, *self._retired]
-        self._pooled, self._single, self._retired = None, None, []
+        sessions = [self._pooled, self._control, *self._retired]
+        self._pooled, self._control, self._retired = None, None, []
         for session in sessions:
             if session is not None:
                 await session.close()
 
-    async def _control(self, method: str, path: str, body: Any, deadline: float) -> Any:
+    async def _ask(self, method: str, path: str, body: Any, deadline: float) -> Any:
         async with self._call(method, path, body, deadline, self._sessions()[1]) as response:
             content = await response.read()
             self._check(response, path, content)
         try:
-            return loads(content)
+            return orjson.loads(content)
         except ValueError:
             return content.decode(errors="replace")
 
@@ -137,7 +129,7 @@ class ServerClient:
         self, method: str, path: str, body: Any, deadline: float, session: aiohttp.ClientSession
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """One request; whatever goes wrong with it becomes an error of ours."""
-        data = None if body is None else dumps(body)
+        data = None if body is None else orjson.dumps(body)
         headers = {} if body is None else {"Content-Type": "application/json"}
         scope = asyncio.timeout(deadline)
         self._scopes.add(scope)
@@ -146,8 +138,8 @@ class ServerClient:
                 scope,
                 session.request(method, self.url + path, data=data, headers=headers) as response,
             ):
-                if response.status >= 500 and session is self._pooled:
-                    self._retire()
+                if response.status >= 500:
+                    self._retire(session)
                 yield response
         except EngineError:
             raise
@@ -173,15 +165,20 @@ class ServerClient:
         kind = EngineRefusedError if 400 <= response.status < 500 else EngineLostError
         raise kind(f"{self.url}{path}: HTTP {response.status}: {said(content)}")
 
-    def _retire(self) -> None:
+    def _retire(self, session: aiohttp.ClientSession) -> None:
         """After a failure uvicorn closes the connection without saying so, and a request sent on it would be lost: the
         next ones get new connections. What runs on the old ones goes on there.
         """
-        if self._pooled is not None:
-            self._retired.append(self._pooled)
-            self._pooled = self._session(aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE))
+        if session is self._pooled:
+            self._pooled = self._session(IDLE)
+        elif session is self._control:
+            self._control = self._session(CONTROL_IDLE)
+        else:
+            return
+        self._retired.append(session)
 
-    def _session(self, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+    def _session(self, idle: float) -> aiohttp.ClientSession:
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=idle)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT)
         return aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers)
 
@@ -189,20 +186,19 @@ class ServerClient:
         loop = asyncio.get_running_loop()
         if self._final:
             raise EngineLostError(f"{self.url}: the connection was closed on this side.", Completion())
-        if self._pooled is None or self._single is None:
+        if self._pooled is None or self._control is None:
             self._loop = loop
-            self._pooled = self._session(aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE))
-            self._single = self._session(aiohttp.TCPConnector(limit=0, force_close=True))
+            self._pooled, self._control = self._session(IDLE), self._session(CONTROL_IDLE)
         elif loop is not self._loop:
             raise EngineError(f"{self.url}: the client belongs to another event loop; close it there first.")
-        return self._pooled, self._single
+        return self._pooled, self._control
 
 
 def said(content: bytes) -> str:
     """What a server said, in one short line: the message inside JSON where there is one."""
     text = content.decode(errors="replace")
     try:
-        found: Any = loads(content)
+        found: Any = orjson.loads(content)
         while isinstance(found, dict):
             found = next((found[k] for k in ("error", "message", "error_message", "detail") if k in found), str(found))
         text = str(found)

@@ -1,20 +1,25 @@
-"""One call in a daemon thread of its own, awaited from asyncio.
+"""One call in a daemon thread that it has for itself, awaited from asyncio.
 
 Not a ThreadPoolExecutor: the interpreter waits for its threads at exit, so one env that hangs would keep a finished run
-from ending.
+from ending. And a call never waits for another one's thread: only a thread that has ended its call takes a new one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
+
+IDLE = 64
+"""Threads that are kept for further calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,7 @@ class Running:
 
 
 def in_thread(call: Callable[..., Any], *args: Any) -> Running:
-    """Starts ``call(*args)`` in a thread. The future ends, if the call does, in the running loop."""
+    """Starts ``call(*args)`` in a thread that does nothing else. The future ends, if the call does, in this loop."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Outcome] = loop.create_future()
     context = contextvars.copy_context()
@@ -48,9 +53,32 @@ def in_thread(call: Callable[..., Any], *args: Any) -> Running:
         with suppress(RuntimeError):  # the loop is closed: the run ended without waiting for this call
             loop.call_soon_threadsafe(_finish, done, outcome)
 
-    thread = threading.Thread(target=run, name=f"env-{getattr(call, '__qualname__', 'call')}", daemon=True)
-    thread.start()
-    return Running(done, lambda: _thread_line(thread))
+    try:
+        worker = _idle.pop()
+    except IndexError:
+        worker = _Worker()
+    worker.work.put(run)
+    return Running(done, lambda: _thread_line(worker.thread))
+
+
+class _Worker:
+    """A thread that runs one call after the other: to start one takes as long as many an env's whole step."""
+
+    def __init__(self) -> None:
+        self.work: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.thread = threading.Thread(target=self._serve, name="env", daemon=True)
+        self.thread.start()
+
+    def _serve(self) -> None:
+        while True:
+            self.work.get()()
+            if len(_idle) >= IDLE:
+                return
+            _idle.append(self)
+
+
+_idle: list[_Worker] = []
+os.register_at_fork(after_in_child=_idle.clear)  # a child has none of its parent's threads
 
 
 def in_task(coroutine: Coroutine[Any, Any, Any]) -> Running:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from skyrl_train.errors import ConfigError, ModelError
 from skyrl_train.types import Message
 
@@ -105,7 +107,8 @@ class ChatFormat:
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of sampled tokens, for the env and for people."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        # Of a list, transformers asks every element whether it is a number.
+        return self.tokenizer.decode(np.asarray(ids, dtype=np.int64), skip_special_tokens=True)
 
     def _choose_opening(self) -> None:
         """Finds an opening that the template takes: some refuse a system message, some insist on one."""

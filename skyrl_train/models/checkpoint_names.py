@@ -53,7 +53,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
 
     def __init__(self, model: PreTrainedModel, *, merged: bool = True) -> None:
         self._model = model
-        self._held = _held(model)
+        self._state = _state(model)
         layers = adapted_layers(model) if merged else {}
         self._layers = {f"{name}.weight": layer for name, layer in layers.items()}
         self._sources: dict[str, str] = {}
@@ -65,13 +65,9 @@ class CheckpointTensors(Mapping[str, Tensor]):
         self._specs = self._plan()
         self._open: tuple[str, dict[str, Tensor]] = ("", {})
 
-    def refresh(self) -> None:
-        """Takes the tensors that the model holds now, after ``release`` or where they have moved."""
-        self._held = _held(self._model)
-
     def release(self) -> None:
-        """Lets go of all tensors: names and specs stay."""
-        self._held, self._open = {}, ("", {})
+        """Lets go of what was computed; the parameters themselves, names and specs stay."""
+        self._open = ("", {})
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._sources:
@@ -94,16 +90,16 @@ class CheckpointTensors(Mapping[str, Tensor]):
         return self._specs[name]
 
     def _value(self, source: str) -> Tensor:
-        return merged_weight(self._layers[source]) if source in self._layers else self._held[source]
+        return merged_weight(self._layers[source]) if source in self._layers else own_part(self._state[source])
 
     def _plan(self) -> dict[str, TensorSpec]:
         """Finds the names by a conversion of tensors without memory; what comes out as it went in was only renamed."""
-        empty = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in self._held.items()}
+        empty = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in self._state.items()}
         made = _revert(self._model, dict(empty))
         origin = {id(tensor): name for name, tensor in empty.items()}
         self._sources = {name: origin[id(tensor)] for name, tensor in made.items() if id(tensor) in origin}
         renamed = {source: name for name, source in self._sources.items()}
-        for name in self._held:
+        for name in self._state:
             if name not in renamed:
                 found = _BLOCK.match(name)
                 self._fused.setdefault(found.group() if found else "", []).append(name)
@@ -111,7 +107,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
         self._blocks = {part: block for block, names in parts.items() for part in names}
         assert self._blocks.keys() | self._sources.keys() == made.keys(), "a fused tensor spans several layers"
         order: dict[str, None] = {}
-        for name in self._held:
+        for name in self._state:
             found = _BLOCK.match(name)
             after = [renamed[name]] if name in renamed else parts[found.group() if found else ""]
             order.update(dict.fromkeys(after))
@@ -149,9 +145,10 @@ def whole_state_dict(model: PreTrainedModel, *, keep: bool = True) -> dict[str, 
     return found | {name: found[source] for name, source in tied.items() if name not in found and source in found}
 
 
-def _held(model: PreTrainedModel) -> dict[str, Tensor]:
+def _state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The parameters and buffers themselves; of a sharded model, the shards."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    return {name: own_part(tensor) for name, tensor in _without_adapter(model).items() if name not in tied}
+    return {name: tensor for name, tensor in _without_adapter(model).items() if name not in tied}
 
 
 def _without_adapter(model: PreTrainedModel) -> dict[str, Tensor]:

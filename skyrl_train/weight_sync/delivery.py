@@ -27,21 +27,25 @@ class Delivery:
         self.seconds: dict[str, float] = {}
 
     async def each(
-        self, phase: str, call: Callable[[str, SGLangEngine], Awaitable[Any]], *, detail: str = ""
+        self, phase: str, call: Callable[[str, SGLangEngine], Awaitable[Any]], *, detail: str = "", timed: bool = True
     ) -> dict[str, Any]:
         """Calls every engine that takes part; what came back, by name.
 
         Args:
             phase: for messages and times: several calls of one name add up.
             detail: such as ``bucket 2 of 5``, for messages.
+            timed: False where the caller takes the time, since calls overlap.
         """
         begun = time.monotonic()
         engines = dict(self.engines)
         results = await asyncio.gather(*(call(*pair) for pair in engines.items()), return_exceptions=True)
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - begun
+        if timed:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - begun
         answers = {}
         for (name, engine), result in zip(engines.items(), results, strict=True):
             if isinstance(result, BaseException):
+                if name not in self.engines and isinstance(result, EngineError | WeightSyncError):
+                    continue  # another call, side by side with this one, has failed before
                 self._drop(name, engine, phase, detail, result)
             else:
                 answers[name] = result

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 
 from skyrl_train.engines.sglang.payloads import Bucket, aligned
 from skyrl_train.weight_sync.layout import Piece
 
 
-def directions(bucket: Bucket, pieces: Mapping[str, Piece], totals: Mapping[str, int], *, tied: bool) -> str:
+def directions(bucket: Bucket, pieces: Mapping[str, Piece], totals: Mapping[str, int], *, tied: bool) -> bytes:
     """What ``inside/skyrl_loader.py`` reads: the bucket's tensors, and where one rank holds them.
+
+    Compressed: it travels with every bucket, and the server looks at what comes letter by letter.
 
     Args:
         pieces, totals: as ``Layout.pieces`` returns them.
@@ -23,4 +26,5 @@ def directions(bucket: Bucket, pieces: Mapping[str, Piece], totals: Mapping[str,
         found.append((index, piece.held, piece.first, piece.size, piece.stride, piece.start, piece.zeros))
         start += aligned(spec.size)
     held = {piece[1]: totals[piece[1]] for piece in found}
-    return json.dumps({"tensors": tensors, "pieces": found, "held": held, "tied": tied}, separators=(",", ":"))
+    text = json.dumps({"tensors": tensors, "pieces": found, "held": held, "tied": tied}, separators=(",", ":"))
+    return zlib.compress(text.encode())

@@ -62,6 +62,8 @@ class Link(ABC):
     async def send(self, index: int, bucket: Bucket) -> None:
         """Brings one packed bucket over; when this returns, the engine has it and the bucket may go.
 
+        The next one may be sent before.
+
         Raises:
             EngineError, WeightSyncError: it did not arrive; the engine's weights are then a mixture.
         """
@@ -107,6 +109,7 @@ class BroadcastLink(Link):
         self.name, self.override = backend, override
         self.group: str | None = None
         self._own = ""
+        self._turn = asyncio.Lock()
 
     async def open(self) -> None:
         if self.group is not None:
@@ -140,7 +143,12 @@ class BroadcastLink(Link):
             await self.engine.leave_group(GROUP)
 
     async def send(self, index: int, bucket: Bucket) -> None:
-        assert self.group is not None, "open comes before send"
+        async with self._turn:  # both sides must take the buckets in the same order
+            await self._broadcast(index, bucket)
+
+    async def _broadcast(self, index: int, bucket: Bucket) -> None:
+        if self.group is None:
+            raise EngineError(f"{self.engine.url}: an earlier bucket broke off, so bucket {index + 1} was not sent.")
         specs = [(spec.name, str(spec.dtype).removeprefix("torch."), spec.shape) for spec in bucket]
         asked = asyncio.create_task(self.engine.update_from_group(self.group, specs))
         own = self.workers.one(self.sender, "weights_broadcast", index, self._own)

@@ -22,11 +22,13 @@ from torch import Tensor
 from skyrl_train.engines.sglang.payloads import (
     LOADER,
     Bucket,
+    Counter,
     Spec,
     adapter_payloads,
     bucket_payloads,
     directed_payloads,
     empty_bucket,
+    give_up,
     plan_buckets,
 )
 from skyrl_train.errors import WeightSyncError
@@ -83,13 +85,13 @@ class Outline:
         self.shapes = {spec.name: spec.shape for spec in specs}
         self.buckets = plan_buckets(specs, limit)
         self.layout = Layout.of(model.config, self.tensors)
-        self._directions: dict[Rank, list[str]] = {}
+        self._directions: dict[Rank, list[bytes]] = {}
 
     def knows(self, ranks: Sequence[Rank]) -> bool:
         """Whether it is known how these ranks hold the model."""
         return self.layout is not None and all(map(self.layout.knows, ranks))
 
-    def directions(self, rank: Rank, index: int) -> str | None:
+    def directions(self, rank: Rank, index: int) -> bytes | None:
         """Where a rank puts the tensors of bucket ``index``; None: that is not known for sure.
 
         Experts are left to the server: some of its kernels hold them in an order of their own.
@@ -119,6 +121,7 @@ class WeightSender:
         self._now: Outline | None = None
         self._packed: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self._alive: dict[int, list[Tensor]] = {}
+        self._counters: list[Counter] = []
         self._digester: Digester | None = None
         self._groups: dict[str, EngineGroup] = {}
         self._adapter: dict[str, Tensor] = {}
@@ -132,11 +135,13 @@ class WeightSender:
     def begin(self, plan: SendPlan) -> list[Bucket]:
         """Takes the weights as they are now; nothing is copied yet. Returns what each bucket will hold."""
         self.end()
+        if unread := give_up(self._counters):  # of the last sync, whose engines have read or are gone by now
+            log.warning("%d messages of the last weight sync were never read; their memory is taken back", unread)
+            torch.cuda.ipc_collect()
+        self._counters = []
         key = (plan.merged, plan.dtype, plan.limit)
         if key not in self._outlines:
             self._outlines[key] = Outline(self.model, merged=plan.merged, dtype=plan.dtype, limit=plan.limit)
-        else:
-            self._outlines[key].tensors.refresh()
         self._plan, self._now = plan, self._outlines[key]
         if self._now.layout is not None and plan.digests is not None and self._now.knows(plan.ranks):
             self._digester = Digester(self._now.layout, plan.ranks, plan.digests)
@@ -153,7 +158,8 @@ class WeightSender:
             raise WeightSyncError(f"weight sync failed in phase pack: {len(self._packed)} buckets were not released.")
         bucket = self._now.buckets[index]
         flat, views = empty_bucket(bucket, self._plan.device)
-        copy_whole(views, [self._now.tensors[spec.name] for spec in bucket])
+        with torch.no_grad():
+            copy_whole(views, [self._now.tensors[spec.name] for spec in bucket])
         self._packed[index] = flat, views
 
     def hash(self, index: int) -> None:
@@ -178,9 +184,9 @@ class WeightSender:
         texts = [self._now.directions(rank, index) for rank in ranks] if directed and readers == 1 else [None]
         known = [text for text in texts if text is not None]
         if len(known) == len(ranks):
-            payloads, copies = directed_payloads(known, flat)
+            payloads, copies = directed_payloads(known, flat, self._counters)
         else:
-            payloads, copies = bucket_payloads(bucket, flat, len(ranks), readers)
+            payloads, copies = bucket_payloads(bucket, flat, len(ranks), readers, self._counters)
         self._alive.setdefault(index, []).extend(copies)
         return payloads, LOADER if len(known) == len(ranks) else "flattened_bucket"
 

@@ -14,7 +14,7 @@ from skyrl_train.runtime.base import Workers
 from skyrl_train.weight_sync.delivery import Delivery
 from skyrl_train.weight_sync.links import Folder, Link, Surroundings, choose, make
 from skyrl_train.weight_sync.proof import DigestProof, ProofFailed, digest_kind, predictable, ranks_of
-from skyrl_train.weight_sync.sender import SendPlan
+from skyrl_train.weight_sync.sender import AHEAD, SendPlan
 from skyrl_train.weight_sync.settings import SyncSettings
 
 log = logging.getLogger("skyrl.weight_sync")
@@ -122,38 +122,37 @@ class Shipment:
     async def _send_buckets(
         self, run: Delivery, part: Delivery, plan: SendPlan, after: Awaitable[Any] | None
     ) -> Mapping[Any, Mapping[str, str]]:
-        """Bucket after bucket: while one is on its way, the next is packed. Returns the digests of what was packed."""
+        """Bucket after bucket: while one is loaded, the next is packed and its message is read. Returns the digests."""
         self._folder.begin()
         if any(self._links[name].name == "disk" for name in part.engines):
             await self.workers.one(0, "weights_write_config", self._folder.path)
-        on_its_way: asyncio.Task[Any] | None = None
+        on_their_way: dict[int, asyncio.Task[Any]] = {}
         try:
             buckets = (await self.workers.all("weights_begin", plan))[0]
             for index, bucket in enumerate(buckets):
+                if len(on_their_way) == AHEAD:
+                    first = await _arrived(part, on_their_way)
+                    await self.workers.all("weights_release", first)
                 await _timed(part, "pack", self.workers.all("weights_pack", index))
-                if on_its_way is not None:
-                    await on_its_way
-                    await self.workers.all("weights_release", index - 1)
-                else:
+                if index == 0:
                     if after is not None:
                         await after
                         part.engines = {name: part.engines[name] for name in part.engines if name in run.engines}
                     await part.each("begin", lambda _, engine: engine.begin_update())
-                # Not earlier: what is shared and not read is never given back.
                 await part.each("share", lambda name, _, index=index: self._links[name].prepare(index))
                 detail = f"bucket {index + 1} of {len(buckets)}"
-                send = partial(self._send_bucket, index, bucket)
-                on_its_way = asyncio.create_task(part.each("send", send, detail=detail))
+                send = part.each("send", partial(self._send_bucket, index, bucket), detail=detail, timed=False)
+                on_their_way[index] = asyncio.create_task(send)
                 if plan.digests:
                     await _timed(part, "hash", self.workers.all("weights_hash", index))
-            if on_its_way is not None:
-                await on_its_way
+            while on_their_way:
+                await _arrived(part, on_their_way)
             await part.each("send", lambda name, _: self._links[name].finish())
             await part.each("end", lambda _, engine: engine.end_update())
         finally:
-            if on_its_way is not None and not on_its_way.done():
-                on_its_way.cancel()
-                await asyncio.gather(on_its_way, return_exceptions=True)
+            for task in on_their_way.values():
+                task.cancel()
+            await asyncio.gather(*on_their_way.values(), return_exceptions=True)
             sent = (await self.workers.all("weights_end"))[0]
         return sent
 
@@ -180,6 +179,14 @@ class Shipment:
         link = self._links.pop(name, None)
         if link is not None:
             await link.close()
+
+
+async def _arrived(part: Delivery, on_their_way: dict[int, asyncio.Task[Any]]) -> int:
+    """Waits for the bucket that was sent first; its number."""
+    index, task = next(iter(on_their_way.items()))
+    await _timed(part, "send", task)
+    del on_their_way[index]
+    return index
 
 
 async def _timed(part: Delivery, phase: str, work: Awaitable[Any]) -> None:

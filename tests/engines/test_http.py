@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from skyrl_train.engines import http
 from skyrl_train.engines.faults import EngineLostError, EngineRefusedError
 from skyrl_train.engines.http import ServerClient, normalize_url, said
 from skyrl_train.engines.server_process import free_port
@@ -174,7 +175,9 @@ def test_an_answer_that_breaks_off_is_noticed() -> None:
         serve(events(b"data: {oops}\n\n"), lambda client: drain(client, "/g"))
 
 
-def test_streams_share_connections_and_control_calls_do_not() -> None:
+def test_calls_close_upon_each_other_share_a_connection(monkeypatch) -> None:
+    """A control call that comes later gets a new one: uvicorn closes those that were idle."""
+    monkeypatch.setattr(http, "CONTROL_IDLE", 0.2)
     peers: dict[str, list[object]] = {"/generate": [], "/control": []}
 
     async def handler(request: web.Request) -> web.StreamResponse:
@@ -183,15 +186,19 @@ def test_streams_share_connections_and_control_calls_do_not() -> None:
         return await events(b"data: 1\n\ndata: [DONE]\n\n")(request)
 
     async def play(client: ServerClient) -> None:
-        for _ in range(3):
+        for pause in (0.0, 0.0, 0.4):
+            await asyncio.sleep(pause)
             await drain(client, "/generate")
             await client.post("/control", {}, deadline=5)
 
     serve(handler, play)
-    assert len(set(peers["/generate"])) == 1 and len(set(peers["/control"])) == 3
+    assert len(set(peers["/generate"])) == 1
+    first, second, third = peers["/control"]
+    assert first == second != third
 
 
-def test_a_connection_is_not_used_again_after_a_failure() -> None:
+@pytest.mark.parametrize("call", ["generate", "post"])
+def test_a_connection_is_not_used_again_after_a_failure(call: str) -> None:
     """uvicorn closes it without saying so, and the next request on it would be lost."""
     peers = []
 
@@ -202,8 +209,8 @@ def test_a_connection_is_not_used_again_after_a_failure() -> None:
 
     async def play(client: ServerClient) -> None:
         with pytest.raises(EngineLostError):
-            await client.generate("/g", {}, deadline=5)
-        await client.generate("/g", {}, deadline=5)
+            await getattr(client, call)("/g", {}, deadline=5)
+        await getattr(client, call)("/g", {}, deadline=5)
 
     serve(handler, play)
     assert len(set(peers)) == 2

@@ -13,6 +13,8 @@ from skyrl_train.engines.embedded.engine import EmbeddedEngine
 from skyrl_train.models.attention import NAME
 from skyrl_train.models.scoring import score
 from skyrl_train.types import Prompt, Trajectory
+from skyrl_train.weight_sync.layout import Rank
+from skyrl_train.weight_sync.sender import SendPlan, WeightSender
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 VOCABULARY = 512
@@ -94,3 +96,22 @@ def test_changed_weights_are_used_at_once(model):
         changed.lm_head.weight.copy_(changed.lm_head.weight.roll(1, 0))
     after = sample(changed, None, temperature=0.0)
     assert not torch.equal(before.response_ids, after.response_ids)
+
+
+def test_memory_that_no_engine_read_is_taken_back(model):
+    """An engine that dies in the middle of a sync leaves a bucket that it had been told of."""
+    sender, plan = WeightSender(model, torch.device("cuda")), SendPlan(dtype="float32", limit=1 << 30, device="cuda")
+
+    def held() -> int:
+        torch.cuda.ipc_collect()
+        return torch.cuda.memory_allocated()
+
+    before = held()
+    sender.begin(plan)
+    sender.pack(0)
+    sender.share(0, [Rank()], 1, directed=False)
+    sender.end()
+    assert held() >= before + sum(p.nbytes for p in model.parameters()), "torch waits for the reader"
+    sender.begin(plan)
+    sender.end()
+    assert held() == before

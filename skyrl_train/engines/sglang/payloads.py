@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,13 +43,41 @@ class Spec:
     @property
     def size(self) -> int:
         """Bytes."""
-        count = 1
-        for n in self.shape:
-            count *= n
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 Bucket = tuple[Spec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """Says how many processes have still to read a block of GPU memory; torch keeps it in a file of shared memory."""
+
+    file: Path
+    place: int
+
+    def change(self, more: int | None) -> int:
+        """Adds ``more``, or makes it zero (None). Returns what it was."""
+        with self.file.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+            at = slice(self.place * 8, self.place * 8 + 8)
+            before = int.from_bytes(memory[at], "little", signed=True)
+            memory[at] = (0 if more is None else before + more).to_bytes(8, "little", signed=True)
+        return before
+
+
+def give_up(counters: Iterable[Counter]) -> int:
+    """Takes back what was shared with processes that ended before they read it; else it would never be freed.
+
+    torch uses no place twice, so that one who reads late does no harm to other memory.
+
+    Returns:
+        How many messages were not read.
+    """
+    unread = 0
+    for counter in counters:
+        with suppress(FileNotFoundError):  # all of that file's blocks have been read
+            unread += counter.change(None) > 0
+    return unread
 
 
 def plan_buckets(specs: Iterable[Spec], limit: int = GB) -> list[Bucket]:
@@ -88,19 +118,28 @@ def pack(bucket: Bucket, tensors: Sequence[Tensor], device: torch.device | str) 
 
 def unpack(bucket: Bucket, flat: Tensor) -> list[Tensor]:
     """The bucket's tensors as views of its bytes."""
+    typed = {dtype: flat.view(dtype) for dtype in {spec.dtype for spec in bucket}}
     views, start = [], 0
     for spec in bucket:
-        views.append(flat[start : start + spec.size].view(spec.dtype).view(spec.shape))
+        views.append(typed[spec.dtype].as_strided(spec.shape, _strides(spec.shape), start // spec.dtype.itemsize))
         start += aligned(spec.size)
     return views
 
 
-def bucket_payloads(bucket: Bucket, flat: Tensor, ranks: int, readers: int = 1) -> tuple[list[str], list[Tensor]]:
+@cache
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
+
+
+def bucket_payloads(
+    bucket: Bucket, flat: Tensor, ranks: int, readers: int = 1, counters: list[Counter] | None = None
+) -> tuple[list[str], list[Tensor]]:
     """Payloads of one bucket for ``load_format="flattened_bucket"``.
 
     Args:
         ranks: how many payloads; each is for one tensor-parallel rank of one engine.
         readers: how many processes read each (pipeline-parallel stages read the same).
+        counters: gets those of GPU memory, for ``give_up``.
 
     Returns:
         The payloads, and the tensors behind them, which must live until the server has answered.
@@ -115,20 +154,23 @@ def bucket_payloads(bucket: Bucket, flat: Tensor, ranks: int, readers: int = 1) 
         )
         start += aligned(spec.size)
     copies = _for_ranks(flat, ranks)
-    return [serialize({"flattened_tensor": copy, "metadata": metadata}, readers) for copy in copies], copies
+    return [serialize({"flattened_tensor": copy, "metadata": metadata}, readers, counters) for copy in copies], copies
 
 
-def directed_payloads(directions: Sequence[str], flat: Tensor) -> tuple[list[str], list[Tensor]]:
+def directed_payloads(
+    directions: Sequence[bytes], flat: Tensor, counters: list[Counter] | None = None
+) -> tuple[list[str], list[Tensor]]:
     """Payloads of one bucket for ``load_format=LOADER``, one for each rank.
 
     Args:
         directions: the message of each rank (``weight_sync/directions.py``).
+        counters: as for ``bucket_payloads``.
 
     Returns:
         As ``bucket_payloads``.
     """
     copies = _for_ranks(flat, len(directions))
-    return [serialize([(text, copy)]) for text, copy in zip(directions, copies, strict=True)], copies
+    return [serialize([(text, copy)], 1, counters) for text, copy in zip(directions, copies, strict=True)], copies
 
 
 def _for_ranks(flat: Tensor, ranks: int) -> list[Tensor]:
@@ -142,11 +184,11 @@ def adapter_payloads(tensors: Mapping[str, Tensor], ranks: int) -> tuple[list[st
     return [serialize(copy) for copy in copies], copies
 
 
-def serialize(value: Any, readers: int = 1) -> str:
+def serialize(value: Any, readers: int = 1, counters: list[Counter] | None = None) -> str:
     """Base64 of a pickle that holds handles of shared memory in place of tensors' data."""
     buffer = io.BytesIO()
     with _shared_by_file():
-        _Pickler(buffer, readers).dump(value)
+        _Pickler(buffer, readers, [] if counters is None else counters).dump(value)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -156,9 +198,9 @@ class _Pickler(ForkingPickler):
     torch counts one reader for each message and lets the memory go when that one is done.
     """
 
-    def __init__(self, file: io.BytesIO, readers: int) -> None:
+    def __init__(self, file: io.BytesIO, readers: int, counters: list[Counter]) -> None:
         super().__init__(file)
-        self._readers = readers
+        self._readers, self._counters = readers, counters
 
     def reducer_override(self, obj: Any) -> Any:
         import torch
@@ -170,22 +212,15 @@ class _Pickler(ForkingPickler):
         args: Any = found
         if function is reductions.rebuild_cuda_tensor:
             uuid = str(torch.cuda.get_device_properties(args[_DEVICE]).uuid)
-            _count_readers(args[_COUNTER], args[_COUNTER_PLACE], self._readers - 1)
+            self._counters.append(Counter(Path("/dev/shm") / args[_COUNTER].decode().lstrip("/"), args[_COUNTER_PLACE]))
+            if self._readers > 1:
+                self._counters[-1].change(self._readers - 1)
             return function, (*args[:_DEVICE], uuid, *args[_DEVICE + 1 :])
         if self._readers > 1:
             storage = obj.untyped_storage().share_memory_()
             for _ in range(self._readers - 1):
                 storage._shared_incref()
         return function, args
-
-
-def _count_readers(handle: bytes, place: int, more: int) -> None:
-    """Adds to the counter, in a file of shared memory, that says how many still read a block of GPU memory."""
-    if more:
-        path = Path("/dev/shm") / handle.decode().lstrip("/")
-        with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
-            at = slice(place * 8, place * 8 + 8)
-            memory[at] = (int.from_bytes(memory[at], "little", signed=True) + more).to_bytes(8, "little", signed=True)
 
 
 def aligned(size: int) -> int:

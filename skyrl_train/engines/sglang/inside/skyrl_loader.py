@@ -8,6 +8,7 @@ the copying. Here the message tells the places, the views are made once, and a b
      "held":    {held name: elements},                          what this rank must hold, if the places are right
      "tied":    whether the output embedding is the input's}
 
+It is JSON, compressed by zlib.
 What does not fit what the model holds goes through the model's own ``load_weights``. Needs torch alone.
 """
 
@@ -15,6 +16,7 @@ import json
 import logging
 import math
 import weakref
+import zlib
 
 import torch
 
@@ -33,7 +35,7 @@ def load(model, named_tensors):
         if bucket is None or bucket.moved():
             if len(ready) >= LIMIT:
                 ready.clear()
-            bucket = ready[message] = _Bucket(model, json.loads(message))
+            bucket = ready[message] = _Bucket(model, json.loads(zlib.decompress(message)))
         with torch.no_grad():
             bucket.load(model, flat)
 
