@@ -30,6 +30,8 @@ ALIGNMENT = 16
 """Bytes: where a tensor may start in a bucket, so that it can be read as its own type."""
 _DEVICE, _COUNTER, _COUNTER_PLACE = 6, 11, 12
 """Places in what torch's ``reduce_tensor`` returns for a tensor on a GPU."""
+_HEADER = 64
+"""Bytes before the first counter of a file: torch keeps there how many have opened the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +61,7 @@ class Counter:
     def change(self, more: int | None) -> int:
         """Adds ``more``, or makes it zero (None). Returns what it was."""
         with self.file.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
-            at = slice(self.place * 8, self.place * 8 + 8)
+            at = slice(_HEADER + self.place * 8, _HEADER + self.place * 8 + 8)
             before = int.from_bytes(memory[at], "little", signed=True)
             memory[at] = (0 if more is None else before + more).to_bytes(8, "little", signed=True)
         return before
