@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,20 +105,24 @@ def collate(trajectories: Sequence[Trajectory], pad_token_id: int) -> TrainBatch
     length = max(1, max(len(t.response_ids) for t in usable))
     width = max(len(t.prompt_ids) for t in usable)
 
-    def right(name: str, dtype: torch.dtype, fill: int = 0) -> Tensor:
-        rows = [getattr(t, name) for t in usable]
-        return torch.tensor([list(r) + [fill] * (length - len(r)) for r in rows], dtype=dtype)
+    def right(name: str, dtype: type, fill: int = 0) -> Tensor:
+        table = np.full((len(usable), length), fill, dtype)
+        for row, t in zip(table, usable, strict=True):
+            row[: len(t.response_ids)] = getattr(t, name)
+        return torch.from_numpy(table)
 
-    prompts = [[pad_token_id] * (width - len(t.prompt_ids)) + t.prompt_ids for t in usable]
+    prompts = np.full((len(usable), width), pad_token_id, np.int64)
+    for row, t in zip(prompts, usable, strict=True):
+        row[width - len(t.prompt_ids) :] = t.prompt_ids
     lengths = torch.tensor([len(t.response_ids) for t in usable])
     return TrainBatch(
-        prompt_ids=torch.tensor(prompts, dtype=torch.long),
+        prompt_ids=torch.from_numpy(prompts),
         prompt_lengths=torch.tensor([len(t.prompt_ids) for t in usable]),
-        response_ids=right("response_ids", torch.long, pad_token_id),
+        response_ids=right("response_ids", np.int64, pad_token_id),
         response_mask=torch.arange(length) < lengths[:, None],
-        loss_mask=right("loss_mask", torch.bool),
-        rollout_logprobs=right("rollout_logprobs", torch.float32),
-        rewards=right("rewards", torch.float32),
+        loss_mask=right("loss_mask", np.bool_),
+        rollout_logprobs=right("rollout_logprobs", np.float32),
+        rewards=right("rewards", np.float32),
         group=torch.tensor([order[t.prompt.uid] for t in usable]),
         baselines=_baselines(usable),
     )

@@ -69,7 +69,7 @@ def test_a_seed_makes_one_model_and_another_seed_another(data, tmp_path):
 def test_too_few_steps_are_told_and_an_older_model_is_replaced(data, tmp_path, capsys):
     for _ in range(2):
         assert warm_up(data, tmp_path / "m", "--steps", "1") == 0
-    assert "short of 30%: more --steps?" in capsys.readouterr().out
+    assert "short of 40%: more --steps?" in capsys.readouterr().out
 
 
 def test_characters_that_the_tokenizer_lacks_are_told(data, tmp_path, capsys):

@@ -25,7 +25,7 @@ from skyrl_train.errors import EngineError, EngineTimeoutError
 
 log = logging.getLogger("skyrl.engines.sglang")
 
-INTERVAL = 64
+INTERVAL = 256
 """Tokens between two events of a stream."""
 ASK_AGAIN = 0.5
 """Seconds after which an abort is repeated: a request that is just being tokenized does not hear the first one."""
