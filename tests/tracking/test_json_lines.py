@@ -47,6 +47,13 @@ def test_what_is_no_number_gives_none(value):
     assert json_lines.number(value) is None
 
 
+@given(st.lists(st.one_of(st.integers(), st.floats(), st.booleans(), st.none(), st.text()), max_size=4), st.floats())
+def test_long_lists_come_back_as_short_ones_do(mixed, value):
+    for held in ([value] * json_lines.LONG, [0.5] * json_lines.LONG + mixed, list(range(json_lines.LONG))):
+        alone = [strict(json_lines.dumps([each]))[0] for each in held]
+        assert strict(json_lines.dumps({"ids": held, "n": 1})) == {"ids": alone, "n": 1}
+
+
 def test_what_json_does_not_know_becomes_what_is_nearest():
     class Color(StrEnum):
         RED = "red"
