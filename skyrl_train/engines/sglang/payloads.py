@@ -61,7 +61,8 @@ class Counter:
     def change(self, more: int | None) -> int:
         """Adds ``more``, or makes it zero (None). Returns what it was."""
         with self.file.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
-            at = slice(_HEADER + self.place * 8, _HEADER + self.place * 8 + 8)
+            first = _HEADER + self.place * 8
+            at = slice(first, first + 8)
             before = int.from_bytes(memory[at], "little", signed=True)
             memory[at] = (0 if more is None else before + more).to_bytes(8, "little", signed=True)
         return before
