@@ -17,15 +17,18 @@ from skyrl_train.engines.base import Completion, Engine, Request
 from skyrl_train.engines.embedded.engine import EmbeddedEngine
 from skyrl_train.engines.sglang.payloads import Bucket
 from skyrl_train.learner.policy_worker import PolicyWorker
+from skyrl_train.models.arenas import into_arenas
 from skyrl_train.models.loading import load_tokenizer
 from skyrl_train.models.lora import adapter_off
 from skyrl_train.models.mirror import Mirror
 from skyrl_train.models.scoring import score
+from skyrl_train.models.streamed import Streamed
 from skyrl_train.runtime.base import Workers
 from skyrl_train.runtime.place import Place
 from skyrl_train.types import Prompt, Trajectory
 from skyrl_train.weight_sync.layout import Rank
-from skyrl_train.weight_sync.sender import SendPlan, WeightSender
+from skyrl_train.weight_sync.outline import SendPlan
+from skyrl_train.weight_sync.sender import WeightSender
 
 if TYPE_CHECKING:
     from skyrl_train.config.schema import Config
@@ -85,8 +88,17 @@ class PolicyWithSender(PolicyWorker):
     """The policy, and what sends its weights to engines that are servers."""
 
     def __init__(self, config: Config, total_updates: int, place: Place | None = None) -> None:
+        self.streamed: Streamed | None = None
         super().__init__(config, total_updates, place)
+        if self.streamed is not None:
+            into_arenas(self.module)
         self.sender = WeightSender(self.model, self.device)
+
+    def _assemble(self) -> torch.nn.Module:
+        module = super()._assemble()
+        if self.sharded and self.ranks.size == 1 and not self.section.fsdp_config.cpu_offload:
+            self.streamed = Streamed(self.model, self.device, self.autocast_dtype)
+        return module
 
     def weights_describe(self) -> dict[str, Any]:
         return self.sender.describe()
@@ -149,8 +161,9 @@ class PolicyWithSender(PolicyWorker):
             base: of the model without its adapter.
         """
         batch = collate([_split_row(row, start) for row in rows], pad_token_id=0).to(self.device)
-        with self.precision(), adapter_off(self.model) if base else nullcontext():
-            values, _ = score(self.model, batch, temperature=1.0, packed=self.packed, with_entropy=False)
+        body = nullcontext(self.model) if self.streamed is None else self.streamed.of(self.model)
+        with self.precision(), body as model, adapter_off(model) if base else nullcontext():
+            values, _ = score(model, batch, temperature=1.0, packed=self.packed, with_entropy=False)
         return values.float().tolist()
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from skyrl_train.models.gather import full_tensor, own_part
+from skyrl_train.models.gather import full_tensor, is_shard, own_part
 from skyrl_train.models.lora import adapted_layers, merged_weight
 
 if TYPE_CHECKING:
@@ -78,6 +78,13 @@ class CheckpointTensors(Mapping[str, Tensor]):
             whole = {source: full_tensor(self._value(source)) for source in self._fused[block]}
             self._open = (block, _revert(self._model, whole))
         return self._open[1][name]
+
+    def parameter(self, name: str) -> Tensor | None:
+        """The parameter itself, if its own part (``gather.own_part``) is the value and is all of it on this worker."""
+        source = self._sources.get(name)
+        if source is None or source in self._layers or is_shard(own_part(self._state[source])):
+            return None
+        return self._state[source]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)

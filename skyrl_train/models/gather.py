@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether a tensor is one that workers share (a DTensor)."""
+    return hasattr(tensor, "full_tensor")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -15,9 +20,9 @@ def full_tensor(tensor: Tensor) -> Tensor:
     For a sharded one it is a collective: every rank of its mesh calls it, in the same order. A shard that was moved to
     the CPU is gathered on the mesh's own device.
     """
-    sharded: Any = tensor
-    if not hasattr(sharded, "full_tensor"):
+    if not is_shard(tensor):
         return tensor
+    sharded: Any = tensor
     home = sharded.device_mesh.device_type
     return (sharded if sharded.device.type == home else sharded.to(home)).full_tensor()
 
@@ -28,9 +33,18 @@ def own_part(tensor: Tensor) -> Tensor:
     It takes microseconds where gradients are off already.
     """
     sharded: Any = tensor
-    if hasattr(sharded, "full_tensor") and sharded.device_mesh.size() == 1:
+    if is_shard(tensor) and sharded.device_mesh.size() == 1:
         return sharded.to_local().detach()
     return tensor.detach()
+
+
+@torch.no_grad()
+def in_place(parts: Iterable[tuple[Tensor, Tensor]]) -> bool:
+    """Whether each pair's first, once ``own_part`` of the second, still has its memory."""
+    return all(
+        part.data_ptr() == (whole.to_local() if is_shard(whole) else whole).data_ptr()  # pyright: ignore
+        for part, whole in parts
+    )
 
 
 @torch.no_grad()
@@ -53,9 +67,15 @@ def copy_whole(targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
         _gather(mesh, dtype, pairs)
 
 
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """``targets[i].copy_(sources[i])`` for all, which are plain and have no gradient, in as few kernels as it takes."""
+    if targets:
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def _by_rows(tensor: Any) -> bool:
     """Whether the last dimension of the mesh holds shards of rows, and any other holds copies."""
-    if not hasattr(tensor, "full_tensor"):
+    if not is_shard(tensor):
         return False
     *others, last = tensor.placements
     return last.is_shard(0) and all(place.is_replicate() for place in others)
@@ -82,6 +102,4 @@ def _gather(mesh: Any, dtype: torch.dtype, pairs: list[tuple[Tensor, Any]]) -> N
 
 def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     filled = [(to, source.detach()) for to, source in pairs if to.numel()]
-    if filled:
-        targets, sources = map(list, zip(*filled, strict=True))
-        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+    copy_all([to for to, _ in filled], [source for _, source in filled])

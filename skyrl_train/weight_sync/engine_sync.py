@@ -211,10 +211,19 @@ class EngineSync(WeightSync):
         await run.each("wake", lambda _, engine: engine.wake_up())
         if self.adapters is not None:
             await self.adapters.load(run)
-        await asyncio.gather(
-            run.each("flush", self._flush), run.each("commit", lambda _, engine: engine.set_version(version))
-        )
-        await run.each("continue", lambda _, engine: engine.resume(admit=False))
+        checked = self.settings.proof != "off"
+        flush = run.each("flush", self._flush)
+        commit = run.each("commit", lambda _, engine: engine.set_version(version, check=checked))
+        go_on = run.each("continue", lambda _, engine: engine.resume(admit=False))
+        if all(self._has_no_requests(*each) for each in run.engines.items()):
+            await asyncio.gather(flush, commit, go_on)
+        else:
+            await asyncio.gather(flush, commit)
+            await go_on
+
+    def _has_no_requests(self, name: str, engine: SGLangEngine) -> bool:
+        """Nobody else asks this engine, and what ran was aborted: so there is nothing that could run too early."""
+        return self.shipment.around[name].launched and engine.paused == "abort"
 
     # Parts of the transaction.
 

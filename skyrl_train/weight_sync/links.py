@@ -52,6 +52,11 @@ class Link(ABC):
     def __init__(self, workers: Workers, engine: SGLangEngine, timeout: float, sender: int = 0) -> None:
         self.workers, self.engine, self.timeout, self.sender = workers, engine, timeout, sender
 
+    @property
+    def reads_own(self) -> bool:
+        """Whether the engine can read the sender's own parameters (``weight_sync/own_memory.py``)."""
+        return False
+
     async def open(self) -> None:  # noqa: B027 - optional
         """Makes the way, if it is not there yet."""
 
@@ -83,10 +88,16 @@ class IpcLink(Link):
     def __init__(self, workers: Workers, engine: SGLangEngine, timeout: float, sender: int = 0) -> None:
         super().__init__(workers, engine, timeout, sender)
         self._ready: dict[int, tuple[list[str], str]] = {}
+        self._directed = LOADER in engine.facts.loaders and predictable(engine.facts)
+
+    @property
+    def reads_own(self) -> bool:
+        """Of several ranks, all but one would read across GPUs, where converted tensors are fewer bytes."""
+        return self._directed and self.engine.facts.tensor_parallel == self.engine.facts.pipeline_parallel == 1
 
     async def prepare(self, index: int) -> None:
         facts = self.engine.facts
-        asked = (ranks_of(facts), facts.pipeline_parallel, LOADER in facts.loaders and predictable(facts))
+        asked = (ranks_of(facts), facts.pipeline_parallel, self._directed)
         self._ready[index] = await self.workers.one(self.sender, "weights_share", index, *asked)
 
     async def send(self, index: int, bucket: Bucket) -> None:

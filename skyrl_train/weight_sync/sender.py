@@ -4,7 +4,8 @@
                  └ share 0 / broadcast 0 / write 0 ── release 0
 
 A bucket is packed once, whoever gets it: the conversion to the engines' number format, the copy into one run of bytes,
-and the digests are the same for all. At most ``AHEAD`` buckets are alive.
+and the digests are the same for all. At most ``AHEAD`` buckets are alive. Where engines can read the worker's own
+memory nothing is packed (``outline.py``).
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,24 +23,20 @@ from skyrl_train.engines.sglang.payloads import (
     LOADER,
     Bucket,
     Counter,
-    Spec,
     adapter_payloads,
     bucket_payloads,
     directed_payloads,
-    empty_bucket,
     give_up,
-    plan_buckets,
 )
 from skyrl_train.errors import WeightSyncError
-from skyrl_train.models.checkpoint_names import checkpoint_tensors
-from skyrl_train.models.gather import copy_whole, full_tensor
+from skyrl_train.models.gather import full_tensor
 from skyrl_train.models.lora import adapter_config, adapter_tensors, write_adapter
 from skyrl_train.runtime.background import beside
 from skyrl_train.runtime.place import host_identity
-from skyrl_train.weight_sync.digests import Digester, Kind
-from skyrl_train.weight_sync.directions import directions
+from skyrl_train.weight_sync.digests import Digester
 from skyrl_train.weight_sync.group import EngineGroup, address_towards
-from skyrl_train.weight_sync.layout import Layout, Rank
+from skyrl_train.weight_sync.layout import Rank
+from skyrl_train.weight_sync.outline import Outline, SendPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,61 +45,6 @@ log = logging.getLogger("skyrl.weight_sync")
 
 AHEAD = 2
 """Buckets that are alive at the same time: one is loaded by the engines while the next is packed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SendPlan:
-    """What one sync sends, and what is to be known of it afterwards."""
-
-    dtype: str
-    """The engines' number format, such as "bfloat16"."""
-    limit: int
-    """Bytes of one bucket."""
-    device: str
-    """Where buckets lie: "cuda" or "cpu"."""
-    ranks: tuple[Rank, ...] = ()
-    """Of these, the digests are computed."""
-    digests: Kind | None = None
-    merged: bool = True
-    """With the work of the policy's adapter in the weights; else the base model's."""
-
-
-class Outline:
-    """What stays the same from sync to sync: names, shapes, buckets, and where ranks hold what.
-
-    Args:
-        merged, dtype, limit: of the ``SendPlan``.
-    """
-
-    def __init__(self, model: PreTrainedModel, *, merged: bool, dtype: str, limit: int) -> None:
-        self.tensors = checkpoint_tensors(model, merged=merged)
-        to: torch.dtype = getattr(torch, dtype)
-        specs = [
-            Spec(name=name, shape=held.shape, dtype=to if held.dtype.is_floating_point else held.dtype)
-            for name, held in ((name, self.tensors.spec(name)) for name in self.tensors)
-        ]
-        self.shapes = {spec.name: spec.shape for spec in specs}
-        self.buckets = plan_buckets(specs, limit)
-        self.layout = Layout.of(model.config, self.tensors)
-        self._directions: dict[Rank, list[bytes]] = {}
-
-    def knows(self, ranks: Sequence[Rank]) -> bool:
-        """Whether it is known how these ranks hold the model."""
-        return self.layout is not None and all(map(self.layout.knows, ranks))
-
-    def directions(self, rank: Rank, index: int) -> bytes | None:
-        """Where a rank puts the tensors of bucket ``index``; None: that is not known for sure.
-
-        Experts are left to the server: some of its kernels hold them in an order of their own.
-        """
-        layout = self.layout
-        if layout is None or layout.experts or not layout.knows(rank):
-            return None
-        if rank not in self._directions:
-            pieces, totals = layout.pieces(self.shapes, rank)
-            tied = "lm_head.weight" not in self.shapes
-            self._directions[rank] = [directions(bucket, pieces, totals, tied=tied) for bucket in self.buckets]
-        return self._directions[rank][index]
 
 
 class WeightSender:
@@ -117,7 +58,7 @@ class WeightSender:
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self.model, self.device = model, device
         self._plan: SendPlan | None = None
-        self._outlines: dict[tuple[bool, str, int], Outline] = {}
+        self._outlines: dict[Any, Outline] = {}
         self._now: Outline | None = None
         self._packed: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self._alive: dict[int, list[Tensor]] = {}
@@ -139,9 +80,9 @@ class WeightSender:
             log.warning("%d messages of the last weight sync were never read; their memory is taken back", unread)
             torch.cuda.ipc_collect()
         self._counters = []
-        key = (plan.merged, plan.dtype, plan.limit)
-        if key not in self._outlines:
-            self._outlines[key] = Outline(self.model, merged=plan.merged, dtype=plan.dtype, limit=plan.limit)
+        key = (plan.merged, plan.dtype, plan.limit, plan.own, plan.ranks)
+        if key not in self._outlines or not self._outlines[key].fresh():
+            self._outlines[key] = Outline(self.model, plan)
         self._plan, self._now = plan, self._outlines[key]
         if self._now.layout is not None and plan.digests is not None and self._now.knows(plan.ranks):
             self._digester = Digester(self._now.layout, plan.ranks, plan.digests)
@@ -156,17 +97,14 @@ class WeightSender:
         assert self._plan is not None and self._now is not None, "begin comes before pack"
         if len(self._packed) >= AHEAD:
             raise WeightSyncError(f"weight sync failed in phase pack: {len(self._packed)} buckets were not released.")
-        bucket = self._now.buckets[index]
-        flat, views = empty_bucket(bucket, self._plan.device)
         with torch.no_grad():
-            copy_whole(views, [self._now.tensors[spec.name] for spec in bucket])
-        self._packed[index] = flat, views
+            self._packed[index] = self._now.fill(index)
 
     def hash(self, index: int) -> None:
         """Takes the digests of bucket ``index``, once, in the order of the buckets."""
         if self._digester is not None and self._now is not None:
-            names = (spec.name for spec in self._now.buckets[index])
-            self._digester.add(zip(names, self._packed[index][1], strict=True))
+            for bucket, views in self._now.converted(index, self._packed[index][1]):
+                self._digester.add(zip((spec.name for spec in bucket), views, strict=True))
 
     def share(self, index: int, ranks: Sequence[Rank], readers: int, *, directed: bool) -> tuple[list[str], str]:
         """Handles of bucket ``index`` for processes on this host.

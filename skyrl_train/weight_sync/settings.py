@@ -16,6 +16,8 @@ class SyncSettings:
     timeout: float = 120.0
     """Seconds for each wait."""
     bucket_bytes: int = 1 << 30
+    own_memory: bool = True
+    """Engines that can read the learner's own memory do; else buckets are packed for them too."""
     pause_mode: PauseMode = "abort"
     proof: str = "both"
     """ "digest", "probe", "both" or "off"."""

@@ -13,8 +13,9 @@ from skyrl_train.engines.sglang.engine import SGLangEngine
 from skyrl_train.runtime.base import Workers
 from skyrl_train.weight_sync.delivery import Delivery
 from skyrl_train.weight_sync.links import Folder, Link, Surroundings, choose, make
+from skyrl_train.weight_sync.outline import SendPlan
 from skyrl_train.weight_sync.proof import DigestProof, ProofFailed, digest_kind, predictable, ranks_of
-from skyrl_train.weight_sync.sender import AHEAD, SendPlan
+from skyrl_train.weight_sync.sender import AHEAD
 from skyrl_train.weight_sync.settings import SyncSettings
 
 log = logging.getLogger("skyrl.weight_sync")
@@ -110,12 +111,15 @@ class Shipment:
             engine = run.engines[name]
             device = "cpu" if self._links[name].name in ("gloo", "disk") else self.around[name].learner_device
             kind = digest_kind(engine.facts) if self._wants_digests and predictable(engine.facts) else None
-            together.setdefault((engine.dtype(self.checkpoint_dtype), device, kind), []).append(name)
+            own = self.settings.own_memory and self._links[name].reads_own
+            together.setdefault((engine.dtype(self.checkpoint_dtype), device, kind, own), []).append(name)
         plans = []
-        for (dtype, device, kind), members in together.items():
+        for (dtype, device, kind, own), members in together.items():
             ranks = dict.fromkeys(rank for name in members for rank in ranks_of(run.engines[name].facts))
             limit = self.settings.bucket_bytes
-            plan = SendPlan(dtype=dtype, limit=limit, device=device, ranks=tuple(ranks), digests=kind, merged=merged)
+            plan = SendPlan(
+                dtype=dtype, limit=limit, device=device, ranks=tuple(ranks), digests=kind, merged=merged, own=own
+            )  # fmt: skip
             plans.append((plan, members))
         return plans
 

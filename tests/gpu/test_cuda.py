@@ -2,6 +2,8 @@
 
 import asyncio
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,11 +12,14 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from skyrl_train.batch import collate
 from skyrl_train.engines.base import Request, SamplingParams
 from skyrl_train.engines.embedded.engine import EmbeddedEngine
+from skyrl_train.engines.sglang.payloads import Counter, directed_payloads, give_up
 from skyrl_train.models.attention import NAME
 from skyrl_train.models.scoring import score
 from skyrl_train.types import Prompt, Trajectory
 from skyrl_train.weight_sync.layout import Rank
-from skyrl_train.weight_sync.sender import SendPlan, WeightSender
+from skyrl_train.weight_sync.outline import SendPlan
+from skyrl_train.weight_sync.own_memory import lent
+from skyrl_train.weight_sync.sender import WeightSender
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 VOCABULARY = 512
@@ -115,3 +120,43 @@ def test_memory_that_no_engine_read_is_taken_back(model):
     sender.begin(plan)
     sender.end()
     assert held() == before
+
+
+def test_another_process_reads_the_learners_own_memory():
+    """As an engine does: by a handle of a few long runs, and nothing of them is held when it has ended."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    memory = torch.arange(1 << 20, dtype=torch.float32, device="cuda")
+    for turn in range(3):
+        memory.add_(turn)
+        counters: list[Counter] = []
+        (payload,), copies = directed_payloads([b"what is where"], lent(memory), counters)
+        done = subprocess.run(
+            [sys.executable, "-c", READER], input=payload, capture_output=True, text=True, timeout=120, check=True
+        )
+        assert float(done.stdout) == memory.double().sum().item()
+        del copies
+        assert give_up(counters) == 0, "it has read"
+    storage = memory.untyped_storage()
+    storage.resize_(0)
+    del memory, storage
+    torch.cuda.ipc_collect()
+    assert torch.cuda.memory_allocated() == before
+
+
+READER = """
+import base64, pickle, sys, torch
+from torch.multiprocessing import reductions
+
+class Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if name == "rebuild_cuda_tensor":  # as SGLang's, which knows a GPU by its UUID
+            return lambda *args: reductions.rebuild_cuda_tensor(*args[:6], 0, *args[7:])
+        return super().find_class(module, name)
+
+import io
+((message, flat),) = Unpickler(io.BytesIO(base64.b64decode(sys.stdin.read()))).load()
+assert message == b"what is where"
+print(flat.view(torch.float32).double().sum().item())
+del flat
+"""

@@ -14,6 +14,7 @@ from engines.contract import PROMPT, ask, one
 from skyrl_train.config.door import load_config
 from skyrl_train.engines.pool import EnginePool
 from skyrl_train.engines.sglang.engine import SGLangEngine
+from skyrl_train.models.gather import own_part
 from skyrl_train.roles import PolicyWithSender
 from skyrl_train.runtime.local import LocalWorkers
 from skyrl_train.weight_sync.engine_sync import EngineSync
@@ -39,7 +40,8 @@ class Syncing:
         with torch.no_grad():
             for parameter in self.policy.model.parameters():
                 if parameter.requires_grad:
-                    parameter.add_(amount * torch.randn_like(parameter))
+                    part = own_part(parameter)
+                    part.add_(amount * torch.randn_like(part))
 
     async def answers_as_the_policy(self, engine: SGLangEngine) -> bool:
         """Whether a sample's log-probs are those of the policy now."""

@@ -13,6 +13,9 @@ from engines.contract import PROMPT, Rig, ask, one
 from skyrl_train.engines.sglang.engine import SGLangEngine
 from skyrl_train.engines.sglang.payloads import LOADER
 from skyrl_train.errors import EngineError, WeightSyncError
+from skyrl_train.learner import model_worker
+from skyrl_train.models.offload import Offload, parameters_of
+from skyrl_train.models.sharding import reshard
 from skyrl_train.weight_sync import links
 from skyrl_train.weight_sync.engine_sync import EngineSync
 from skyrl_train.weight_sync.proof import ProofFailed
@@ -47,6 +50,33 @@ def test_every_way_to_a_server(sglang_servers, sglang_model: Rig, version: str, 
                 assert answer.weight_version == number
             assert {"weight_sync/prove_s", "weight_sync/probe_s", "weight_sync/total_s"} <= set(metrics)
             assert (LOADER in here.engines["e"].facts.loaders) == (wanted != "stock")
+
+    run(main)
+    assert "own loader" not in server.log.read_text(), "every bucket fitted"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_engine_reads_the_learners_own_memory(sglang_servers, sglang_model: Rig, version: str, monkeypatch) -> None:
+    """As on one GPU: nothing is packed, whatever happened to that memory since."""
+    monkeypatch.setattr(model_worker, "SHARD_ALONE", True)
+    server = sglang_servers(version)
+
+    async def main() -> None:
+        async with syncing(sglang_model.folder, {"e": attach_to(server)}) as here:
+            away = Offload()
+            for number in (1, 2, 3):
+                reshard(here.policy.module)
+                here.change_policy()
+                if number == 2:
+                    away.out(parameters_of(here.policy.module))
+                    away.back()
+                if number == 3:  # as ``module.to`` does
+                    here.policy.module._apply(lambda t: t * 0.9 if isinstance(t, torch.nn.Parameter) else t)
+                await here.sync.sync(number)
+                (outline,) = here.policy.sender._outlines.values()
+                assert bool(outline.own) == (number < 3), "then each has memory of its own again"
+                assert await here.answers_as_the_policy(here.engines["e"])
+            assert not here.pool.quarantined()
 
     run(main)
     assert "own loader" not in server.log.read_text(), "every bucket fitted"

@@ -73,6 +73,17 @@ def test_every_tensor_arrives_where_the_rank_holds_it(rank: Rank, adapter: bool)
     assert not model.passed
 
 
+@pytest.mark.parametrize("rank", RANKS)
+def test_it_converts_what_comes_in_another_number_format(rank: Rank) -> None:
+    model = Held(rank).bfloat16()
+    tensors = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    send(model, rank, tensors)
+    for name, parameter in model.named_parameters():
+        wanted = torch.cat([LAYOUT.slice(part, tensors[part].bfloat16(), rank) for part in LAYOUT.parts[name]])
+        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, wanted), name
+    assert not model.passed
+
+
 def test_memory_that_has_moved_is_found_again() -> None:
     model, tensors = Held(Rank()), {name: torch.ones(shape) for name, shape in SHAPES.items()}
     send(model, Rank(), tensors)
@@ -92,7 +103,7 @@ def test_what_does_not_fit_goes_through_the_models_own_loader(fault: str, caplog
     if fault == "size":
         model.model.norm.weight = nn.Parameter(torch.zeros(9), requires_grad=False)
     elif fault == "dtype":
-        model.model.norm.weight = nn.Parameter(torch.zeros(8, dtype=torch.bfloat16), requires_grad=False)
+        model.model.norm.weight = nn.Parameter(torch.zeros(8, dtype=torch.int8), requires_grad=False)
     elif fault == "name":
         del model.model.norm.weight
     else:

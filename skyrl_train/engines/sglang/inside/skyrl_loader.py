@@ -80,7 +80,7 @@ class _Bucket:
         for index, name, first, size, stride, start, zeros in message["pieces"]:
             _, dtype, _, at = self.tensors[index]
             target, count = held[name], math.prod(size)
-            if target.dtype != dtype:
+            if target.dtype != dtype and not (target.is_floating_point() and dtype.is_floating_point):
                 return f"{name} is {target.dtype}, not {dtype}"
             self.sources.append((dtype, size, stride, at // dtype.itemsize + start))
             self.targets.append(target[first : first + count].view(size))
