@@ -6,7 +6,7 @@
 Stock SGLang servers, the policy's worker, and the transaction of a real run. Each setting is repeated, the median is
 told, and the ratio to the copy. Layouts:
 
-same    the server is on the policy's GPU: CUDA IPC
+same    the server is on the policy's GPU: CUDA IPC, of the learner's own memory, and of packed buckets
 apart   the server is on the next GPU: NCCL; beside it the bandwidth of a plain NCCL broadcast
 remote  the same server, started by somebody else and attached by URL
 tp2     two workers (FSDP2) and one server of two ranks share two GPUs
@@ -49,6 +49,7 @@ async def main() -> None:
     parser.add_argument("--proofs", nargs="+", default=["off", "digest", "probe", "both"])
     parser.add_argument("--engine-python", help="the environment of the servers, if not this one")
     parser.add_argument("--buckets-gb", nargs="+", type=float, default=[1.0])
+    parser.add_argument("--packed", action="store_true", help="never the learner's own memory")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--cycles", type=int, default=0, help="sleep, sync, wake cycles whose memory is watched")
     parser.add_argument("--utilization", type=float, default=0.4)
@@ -89,16 +90,16 @@ async def measure(layout: str, size: str, options: argparse.Namespace) -> dict[s
         if residents:  # the transaction alone; ``cycles`` has the moves of the learner's memory too
             await residents.policy_only()
             sync.residents = None
-        for proof in options.proofs:
-            for gb in options.buckets_gb if proof == "off" else options.buckets_gb[:1]:
-                change(sync, proof=proof, bucket_bytes=int(gb * 2**30), sleep=False)
-                runs = []
-                for _ in range(options.repeats + 2):
-                    version += 1
-                    runs.append(await sync.sync(version))
-                name = f"proof={proof} bucket={gb:g}GB"
-                result[name] = phases(runs[2:], result["copy_ms"])
-                print(layout, size, name, json.dumps(result[name]), flush=True)
+        for proof, gb in ways(layout, options):
+            change(sync, proof=proof, own_memory=gb is None, bucket_bytes=int((gb or 1) * 2**30), sleep=False)
+            runs = []
+            for _ in range(options.repeats + 2):
+                version += 1
+                await asyncio.sleep(0.02)  # the last probe has settled, as it has after a step
+                runs.append(await sync.sync(version))
+            name = f"proof={proof} {'own memory' if gb is None else f'bucket={gb:g}GB'}"
+            result[name] = phases(runs[2:], result["copy_ms"])
+            print(layout, size, name, json.dumps(result[name]), flush=True)
         result["links"] = sorted(link.name for link in sync.shipment._links.values())
         if options.cycles and layout == "same":
             change(sync, proof="both", sleep=True)
@@ -110,6 +111,13 @@ async def measure(layout: str, size: str, options: argparse.Namespace) -> dict[s
             result["killed"] = await kill_one(recovery, version)
             print(size, "killed", json.dumps(result["killed"]), flush=True)
     return result
+
+
+def ways(layout: str, options: argparse.Namespace) -> list[tuple[str, float | None]]:
+    """Proofs, each with the size of packed buckets; None: the engine reads the learner's own memory."""
+    own = [(proof, None) for proof in options.proofs] if layout == "same" and not options.packed else []
+    packed = [("off", gb) for gb in options.buckets_gb] if "off" in options.proofs else []
+    return own + packed + ([] if own else [(p, options.buckets_gb[0]) for p in options.proofs if p != "off"])
 
 
 def config_of(layout: str, folder: Path, urls: list[str], options: argparse.Namespace) -> Any:

@@ -92,7 +92,8 @@ def test_requests_that_run_meanwhile_are_carried_on(sglang_servers, sglang_model
             running = asyncio.create_task(here.pool.generate(ask(max_new_tokens=700)))
             await asyncio.sleep(0.3)
             here.change_policy()
-            await here.sync.sync(2)
+            metrics = await here.sync.sync(2)
+            assert metrics["weight_sync/pause_s"] < 0.9, "a server that is paused with requests left waits for a second"
             assert await here.answers_as_the_policy(here.engines["e"]), "new requests see nothing of the old cache"
             (answer,) = await running
             assert len(answer.token_ids) == len(answer.logprobs) == 700 and answer.stop_reason == "length"

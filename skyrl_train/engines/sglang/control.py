@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -23,6 +24,9 @@ log = logging.getLogger("skyrl.engines.sglang")
 PauseMode = Literal["abort", "in_place", "retract"]
 MEMORY = ("weights", "kv_cache", "cuda_graph")
 """What sleeps and wakes by itself, in the order in which it should wake."""
+SETTLES = 0.01
+"""Seconds from an answer until the server knows that it has given it. One that is paused with requests left looks again
+after a whole second."""
 
 
 class Control(WeightUpdates):
@@ -41,6 +45,8 @@ class Control(WeightUpdates):
         self.lost_weights = False
         """The weights went to sleep with no copy: they must be sent anew and committed."""
         self.paused: str | None = None
+        self.answered_at = 0.0
+        """When the server last answered a request (``time.monotonic``)."""
         self.running = asyncio.Event()
         self.running.set()
 
@@ -49,6 +55,10 @@ class Control(WeightUpdates):
         raise NotImplementedError
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> None:
+        raise NotImplementedError
+
+    async def abort_sent(self) -> None:
+        """Aborts what the server has been sent, and waits a moment for it to come back."""
         raise NotImplementedError
 
     def check_awake(self) -> None:
@@ -114,6 +124,9 @@ class Control(WeightUpdates):
         self._needs("/pause_generation", "pausing")
         self.paused = mode
         self.running.clear()
+        if mode == "abort":
+            await self.abort_sent()
+            await asyncio.sleep(self.answered_at + SETTLES - time.monotonic())
         await self._post("/pause_generation", {"mode": mode})
 
     async def resume(self, *, admit: bool = True) -> None:
@@ -149,6 +162,7 @@ class Control(WeightUpdates):
         body |= {"lora_path": adapter} if adapter else {}
         body |= {"extra_key": salt} if salt else {}
         answers = await self.client.generate("/generate", body, deadline=self.control_timeout)
+        self.answered_at = time.monotonic()
         found = []
         for row, start, answer in zip(rows, starts, answers, strict=True):
             values = [entry[0] for entry in answer["meta_info"]["input_token_logprobs"]][-(len(row) - start) :]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -145,6 +146,12 @@ class SGLangEngine(Control, Engine):
                 f"{self.url}: {len(waiting)} aborted requests did not come back within {self.control_timeout:g} s."
             ) from None
 
+    async def abort_sent(self) -> None:
+        flights = [f for flights in self._flights.values() for f in flights if f.sent and not f.landed.is_set()]
+        if flights:
+            await self._tell_abort(flights, everything=True)
+            await _wait(flights, ASK_AGAIN)
+
     async def commit_weights(self, version: int) -> None:
         """See ``Engine.commit_weights``: flushes the prefix cache, sets the label, and reads it back.
 
@@ -190,6 +197,7 @@ class SGLangEngine(Control, Engine):
                 error.partial = answer.completion()
             raise
         finally:
+            self.answered_at = time.monotonic()
             flight.landed.set()
 
     async def _may_start(self, flight: Flight) -> bool:
