@@ -13,7 +13,7 @@ WORK=${WORK:-${TMPDIR:-/tmp}/skyrl-gpu}
 mkdir -p "$OUT" "$WORK"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 
-tests() { python3 -m pytest -q -m gpu tests/gpu -p no:cacheprovider 2>&1 | tail -15 | tee "$OUT/tests.txt"; }
+tests() { python3 -m pytest -q -m gpu tests/gpu -p no:cacheprovider -W ignore::SyntaxWarning 2>&1 | tail -15 | tee "$OUT/tests.txt"; }
 
 task() {
   [ -d outputs/quickstart/model ] || {

@@ -59,7 +59,10 @@ async def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
     on_gpu = Path("/dev/nvidiactl").exists()
     folder = gpu_models.make(size, options.work / f"model-{size}", device="cuda" if on_gpu else "cpu")
     most = max(options.in_flight)
-    arguments = ["disable_prefill_cuda_graph=true"] if on_gpu else ["max_total_tokens=65536"]
+    graphs = ",".join(map(str, graph_sizes(options)))
+    arguments = (
+        ["disable_prefill_cuda_graph=true", f"cuda_graph_bs=[{graphs}]"] if on_gpu else ["max_total_tokens=65536"]
+    )
     arguments += [f"attention_backend={options.attention}"] if options.attention else []
     config = load_config(
         [
@@ -107,6 +110,11 @@ async def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
             result[f"{count} in flight"]["ratio_to_engine"] = round(ratio, 3)
         print(size, result, flush=True)
     return result
+
+
+def graph_sizes(options: argparse.Namespace) -> list[int]:
+    """Batch sizes whose graphs are captured: few, so that a server starts in time. All requests are of one length."""
+    return sorted({1, 16, 64, 128, *options.in_flight})
 
 
 def make_prompts(chat: Any, count: int) -> list[Any]:
@@ -170,7 +178,7 @@ def offline(folder: Path, count: int, options: argparse.Namespace) -> float:
         "--dataset-name", "random", "--random-input-len", str(PROMPT), "--random-output-len", str(options.answer),
         "--random-range-ratio", "1", "--num-prompts", str(count), "--return-logprob", "--result-filename", str(target),
         "--disable-prefill-cuda-graph", "--max-running-requests", str(count), "--skip-warmup", "--mem-fraction-static",
-        str(options.utilization), "--dtype", "bfloat16",
+        str(options.utilization), "--dtype", "bfloat16", "--cuda-graph-bs", *map(str, graph_sizes(options)),
     ]  # fmt: skip
     done = subprocess.run(
         command, env=os.environ | {"PYTHONSAFEPATH": "1"}, capture_output=True, text=True, timeout=400

@@ -12,7 +12,9 @@ of a 64-bit number; these are summed modulo 2^64, and the sum is scrambled (spli
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -34,13 +36,19 @@ def digest(tensor: Tensor, kind: Kind) -> str:
     return found
 
 
-def tiles(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum over the runs of each tensor, ``[N]`` int64 on their device: ``finish`` makes digests of them."""
-    words = [_words(tensor) for tensor in tensors]
-    if words and words[0].is_cuda:
+def tiles(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """The sum over the runs of each tensor, ``[N]`` int64 on their device: ``finish`` makes digests of them.
+
+    Args:
+        dtype: as if they were converted to it first.
+    """
+    if tensors and tensors[0].is_cuda:
         from skyrl_train.weight_sync.tile_kernel import sums_of_runs
 
-        return sums_of_runs(words)
+        if dtype == torch.bfloat16 and all(map(_pairs, tensors)):  # converted as they are read
+            return sums_of_runs([tensor.detach().flatten() for tensor in tensors])
+        return sums_of_runs([_words(_as(tensor, dtype)) for tensor in tensors])
+    words = [_words(_as(tensor, dtype)) for tensor in tensors]
     return torch.tensor([_sum_of_runs(each.numpy().view(np.uint32)) for each in words], dtype=torch.int64)
 
 
@@ -96,6 +104,58 @@ class Digester:
             self._found[rank] += [digest(tensor, "sha256") for tensor in held]
         elif held:
             self._found[rank].append(tiles(held))
+
+
+class OwnDigester:
+    """Digests of what ranks hold, from checkpoint tensors that stay where they are: all at once, and again each time.
+
+    Args:
+        tensors: whole, by their checkpoint names.
+        dtype: in which the ranks hold them.
+    """
+
+    def __init__(
+        self, layout: Layout, ranks: Sequence[Rank], kind: Kind, tensors: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        self.kind, self.dtype = kind, dtype
+        self._held: dict[Rank, dict[str, Callable[[], Tensor]]] = {rank: {} for rank in ranks}
+        self._found: dict[Rank, Any] = {}
+        for rank, (held, parts) in product(ranks, layout.parts.items()):
+            own = [part for part in parts if layout.holds(part, rank)]
+            make = partial(_held_by, layout, rank, {part: tensors[part] for part in own})
+            whole = make()
+            stays = whole.data_ptr() == tensors[own[0]].data_ptr()
+            self._held[rank][held] = partial(_itself, whole) if stays else make
+
+    def add(self, _: Iterable[tuple[str, Tensor]] = ()) -> None:
+        """Takes the tensors as they are now."""
+        for rank, held in self._held.items():
+            tensors = [make() for make in held.values()]
+            hashed = [digest(_as(t, self.dtype), "sha256") for t in tensors] if self.kind == "sha256" else None
+            self._found[rank] = hashed or tiles(tensors, self.dtype)
+
+    def result(self) -> dict[Rank, dict[str, str]]:
+        """As ``Digester.result``."""
+        texts = self._found if self.kind == "sha256" else {rank: finish(sums) for rank, sums in self._found.items()}
+        return {rank: dict(zip(held, texts[rank], strict=True)) for rank, held in self._held.items()}
+
+
+def _held_by(layout: Layout, rank: Rank, parts: Mapping[str, Tensor]) -> Tensor:
+    return _join([layout.slice(name, part, rank) for name, part in parts.items()])
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _as(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+
+def _pairs(tensor: Tensor) -> bool:
+    """Whether each word of its bfloat16 form comes of two float32 that can be read at once."""
+    even = tensor.numel() % 2 == 0 and tensor.data_ptr() % 8 == 0
+    return tensor.dtype == torch.float32 and even and tensor.is_contiguous()
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:

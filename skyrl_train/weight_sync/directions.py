@@ -10,7 +10,9 @@ from skyrl_train.engines.sglang.payloads import Bucket, aligned
 from skyrl_train.weight_sync.layout import Piece
 
 
-def directions(bucket: Bucket, pieces: Mapping[str, Piece], totals: Mapping[str, int], *, tied: bool) -> bytes:
+def directions(
+    bucket: Bucket, pieces: Mapping[str, Piece], totals: Mapping[str, int], *, tied: bool, hold: bool = False
+) -> bytes:
     """What ``inside/skyrl_loader.py`` reads: the bucket's tensors, and where one rank holds them.
 
     Compressed: it travels with every bucket, and the server looks at what comes letter by letter.
@@ -18,6 +20,7 @@ def directions(bucket: Bucket, pieces: Mapping[str, Piece], totals: Mapping[str,
     Args:
         pieces, totals: as ``Layout.pieces`` returns them.
         tied: the output embedding is the input's.
+        hold: the memory is to stay mapped.
     """
     tensors, found, start = [], [], 0
     for index, spec in enumerate(bucket):
@@ -26,5 +29,5 @@ def directions(bucket: Bucket, pieces: Mapping[str, Piece], totals: Mapping[str,
         found.append((index, piece.held, piece.first, piece.size, piece.stride, piece.start, piece.zeros))
         start += aligned(spec.size)
     held = {piece[1]: totals[piece[1]] for piece in found}
-    text = json.dumps({"tensors": tensors, "pieces": found, "held": held, "tied": tied}, separators=(",", ":"))
-    return zlib.compress(text.encode())
+    told = {"tensors": tensors, "pieces": found, "held": held, "tied": tied, "hold": hold}
+    return zlib.compress(json.dumps(told, separators=(",", ":")).encode())

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from skyrl_train.engines.sglang.payloads import Bucket, Spec, empty_bucket, plan_buckets, unpack
+from skyrl_train.engines.sglang.payloads import Bucket, Spec, empty_bucket, plan_buckets
 from skyrl_train.models.checkpoint_names import checkpoint_tensors
 from skyrl_train.models.gather import copy_all, copy_whole, in_place, own_part
-from skyrl_train.weight_sync.digests import Kind
+from skyrl_train.weight_sync.digests import Digester, Kind, OwnDigester
 from skyrl_train.weight_sync.directions import directions
 from skyrl_train.weight_sync.layout import Layout, Rank
-from skyrl_train.weight_sync.own_memory import lent, own_buckets
+from skyrl_train.weight_sync.own_memory import lent, own_runs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +39,8 @@ class SendPlan:
     """With the work of the policy's adapter in the weights; else the base model's."""
     own: bool = False
     """The engines can read the worker's own memory, where that holds the model as it is."""
+    hold: bool = False
+    """That memory stays where it is, so that engines need not let go of it between syncs."""
 
 
 class Outline:
@@ -45,7 +48,7 @@ class Outline:
 
     Args:
         model: whole, or sharded over workers that all make the same outline.
-        plan: of which ``digests`` does not matter.
+        plan: what stays the same too.
     """
 
     def __init__(self, model: PreTrainedModel, plan: SendPlan) -> None:
@@ -62,24 +65,25 @@ class Outline:
         """Of buckets that are just parameters, this worker's part of each, which is all of it."""
         self._whose: list[tuple[Tensor, Tensor]] = []
         """The same parts, each with its parameter."""
-        self.own: list[Tensor] = []
-        """Of each bucket a tensor, if the buckets are the worker's own memory."""
+        self.own: list[tuple[Bucket, Tensor]] = []
+        """The runs of the worker's own memory, each with a tensor there; together they are one bucket then."""
+        self._own_digester: OwnDigester | None = None
         if plan.own and self.layout is not None and not self.layout.experts and self.knows(plan.ranks):
-            self._take_own()
-        self._directions: dict[Rank, list[bytes]] = {}
+            self._take_own(self.layout, to)
+        self._directions: dict[Rank, list[list[bytes]]] = {}
 
     def fresh(self) -> bool:
         """Whether all parameters are still where they were found, wherever their memory has been meanwhile."""
         return in_place(self._whose)
 
-    def fill(self, index: int) -> tuple[Tensor, list[Tensor]]:
-        """The bytes of bucket ``index``, ``[N]`` uint8, and its tensors there (of own memory none)."""
+    def fill(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The bytes of bucket ``index``, ``[N]`` uint8 for each run, and its tensors there (of own memory none)."""
         if self.own:
-            return lent(self.own[index]), []
+            return [lent(holder) for _, holder in self.own], []
         flat, views = empty_bucket(self.buckets[index], self.plan.device)
         if index in self._parts:
             copy_all(views, self._parts[index])
-            return flat, views
+            return [flat], views
         names = [spec.name for spec in self.buckets[index]]
         sources = [self.tensors[name] for name in names]
         copy_whole(views, sources)
@@ -87,26 +91,20 @@ class Outline:
         if len(parameters) == len(names):
             self._parts[index] = sources
             self._whose += zip(sources, parameters, strict=True)
-        return flat, views
+        return [flat], views
 
-    def converted(self, index: int, views: list[Tensor]) -> Iterator[tuple[Bucket, list[Tensor]]]:
-        """Bucket ``index`` in the engines' number format, at most ``plan.limit`` bytes at a time."""
-        bucket = self.buckets[index]
-        if not self.own:
-            yield bucket, views
-            return
-        held = dict(zip((spec.name for spec in bucket), unpack(bucket, lent(self.own[index])), strict=True))
-        for part in plan_buckets([self._specs[spec.name] for spec in bucket], self.plan.limit):
-            _, views = empty_bucket(part, self.plan.device)
-            copy_all(views, [held[spec.name] for spec in part])
-            yield part, views
+    def digester(self, plan: SendPlan) -> Digester | OwnDigester | None:
+        """What takes the digests that are wanted; None: none are, or the layout is not known."""
+        if plan.digests is None or self.layout is None or not self.knows(plan.ranks):
+            return None
+        return self._own_digester or Digester(self.layout, plan.ranks, plan.digests)
 
     def knows(self, ranks: Sequence[Rank]) -> bool:
         """Whether it is known how these ranks hold the model."""
         return self.layout is not None and all(map(self.layout.knows, ranks))
 
-    def directions(self, rank: Rank, index: int) -> bytes | None:
-        """Where a rank puts the tensors of bucket ``index``; None: that is not known for sure.
+    def directions(self, rank: Rank, index: int) -> list[bytes] | None:
+        """Where a rank puts what each run of bucket ``index`` holds; None: that is not known for sure.
 
         Experts are left to the server: some of its kernels hold them in an order of their own.
         """
@@ -115,16 +113,23 @@ class Outline:
             return None
         if rank not in self._directions:
             pieces, totals = layout.pieces({name: spec.shape for name, spec in self._specs.items()}, rank)
-            tied = "lm_head.weight" not in self._specs
-            self._directions[rank] = [directions(bucket, pieces, totals, tied=tied) for bucket in self.buckets]
+            tell = partial(
+                directions, pieces=pieces, totals=totals, tied="lm_head.weight" not in self._specs, hold=self.plan.hold
+            )
+            runs = [[bucket for bucket, _ in self.own]] if self.own else [[bucket] for bucket in self.buckets]
+            self._directions[rank] = [list(map(tell, each)) for each in runs]
         return self._directions[rank][index]
 
-    def _take_own(self) -> None:
+    def _take_own(self, layout: Layout, dtype: torch.dtype) -> None:
         parameters = [self.tensors.parameter(name) for name in self.tensors]
         whole = [parameter for parameter in parameters if parameter is not None]
         if len(whole) < len(parameters):
             return
         parts = dict(zip(self.tensors, map(own_part, whole), strict=True))
-        if found := own_buckets(parts, most=len(self.buckets)):
-            self.buckets, self.own = [bucket for bucket, _ in found], [holder for _, holder in found]
-            self._whose = list(zip(parts.values(), whole, strict=True))
+        self.own = own_runs(parts)
+        if not self.own:
+            return
+        self.buckets = [tuple(spec for bucket, _ in self.own for spec in bucket)]
+        self._whose = list(zip(parts.values(), whole, strict=True))
+        if self.plan.digests is not None:
+            self._own_digester = OwnDigester(layout, self.plan.ranks, self.plan.digests, parts, dtype)

@@ -15,24 +15,23 @@ from torch import Tensor
 
 from skyrl_train.engines.sglang.payloads import Bucket, Spec, aligned
 
-FEW = 8
-"""Runs of memory that are always few enough; each is a message."""
+FEW = 16
+"""Runs of memory at most: each is opened by the engine."""
 
 
-def own_buckets(parts: Mapping[str, Tensor], most: int) -> list[tuple[Bucket, Tensor]]:
-    """Buckets whose bytes are a run of the worker's memory, each with a tensor that lies there.
+def own_runs(parts: Mapping[str, Tensor]) -> list[tuple[Bucket, Tensor]]:
+    """What each run of the worker's memory holds, with a tensor that lies there.
 
     Args:
         parts: whole tensors by their checkpoint names.
-        most: how many buckets there may be.
 
     Returns:
-        None of them where the tensors do not lie one after the other.
+        None of them where the tensors do not lie one after the other in a few runs.
     """
     runs: dict[int, list[tuple[str, Tensor]]] = {}
     for name, part in parts.items():
         runs.setdefault(part.untyped_storage().data_ptr(), []).append((name, part))
-    if len(runs) > max(most, FEW):
+    if len(runs) > FEW:
         return []
     found = []
     for members in runs.values():

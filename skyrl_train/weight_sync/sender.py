@@ -33,7 +33,7 @@ from skyrl_train.models.gather import full_tensor
 from skyrl_train.models.lora import adapter_config, adapter_tensors, write_adapter
 from skyrl_train.runtime.background import beside
 from skyrl_train.runtime.place import host_identity
-from skyrl_train.weight_sync.digests import Digester
+from skyrl_train.weight_sync.digests import Digester, OwnDigester
 from skyrl_train.weight_sync.group import EngineGroup, address_towards
 from skyrl_train.weight_sync.layout import Rank
 from skyrl_train.weight_sync.outline import Outline, SendPlan
@@ -58,12 +58,12 @@ class WeightSender:
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
         self.model, self.device = model, device
         self._plan: SendPlan | None = None
-        self._outlines: dict[Any, Outline] = {}
+        self._outlines: dict[SendPlan, Outline] = {}
         self._now: Outline | None = None
-        self._packed: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        self._packed: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self._alive: dict[int, list[Tensor]] = {}
         self._counters: list[Counter] = []
-        self._digester: Digester | None = None
+        self._digester: Digester | OwnDigester | None = None
         self._groups: dict[str, EngineGroup] = {}
         self._adapter: dict[str, Tensor] = {}
         self._adapter_copies: list[dict[str, Tensor]] = []
@@ -80,12 +80,10 @@ class WeightSender:
             log.warning("%d messages of the last weight sync were never read; their memory is taken back", unread)
             torch.cuda.ipc_collect()
         self._counters = []
-        key = (plan.merged, plan.dtype, plan.limit, plan.own, plan.ranks)
-        if key not in self._outlines or not self._outlines[key].fresh():
-            self._outlines[key] = Outline(self.model, plan)
-        self._plan, self._now = plan, self._outlines[key]
-        if self._now.layout is not None and plan.digests is not None and self._now.knows(plan.ranks):
-            self._digester = Digester(self._now.layout, plan.ranks, plan.digests)
+        if plan not in self._outlines or not self._outlines[plan].fresh():
+            self._outlines[plan] = Outline(self.model, plan)
+        self._plan, self._now = plan, self._outlines[plan]
+        self._digester = self._now.digester(plan)
         return self._now.buckets
 
     def pack(self, index: int) -> None:
@@ -103,8 +101,8 @@ class WeightSender:
     def hash(self, index: int) -> None:
         """Takes the digests of bucket ``index``, once, in the order of the buckets."""
         if self._digester is not None and self._now is not None:
-            for bucket, views in self._now.converted(index, self._packed[index][1]):
-                self._digester.add(zip((spec.name for spec in bucket), views, strict=True))
+            names = [spec.name for spec in self._now.buckets[index]]
+            self._digester.add(zip(names, self._packed[index][1], strict=False))  # there are none of own memory
 
     def share(self, index: int, ranks: Sequence[Rank], readers: int, *, directed: bool) -> tuple[list[str], str]:
         """Handles of bucket ``index`` for processes on this host.
@@ -118,13 +116,15 @@ class WeightSender:
             The messages, and the ``load_format`` for them.
         """
         assert self._now is not None, "begin comes before share"
-        flat, bucket = self._packed[index][0], self._now.buckets[index]
+        flats, bucket = self._packed[index][0], self._now.buckets[index]
         texts = [self._now.directions(rank, index) for rank in ranks] if directed and readers == 1 else [None]
         known = [text for text in texts if text is not None]
         if len(known) == len(ranks):
-            payloads, copies = directed_payloads(known, flat, self._counters)
+            # What is held is read, but not told to be: its counters say nothing.
+            counters = None if self._now.own and self._now.plan.hold else self._counters
+            payloads, copies = directed_payloads(known, flats, counters)
         else:
-            payloads, copies = bucket_payloads(bucket, flat, len(ranks), readers, self._counters)
+            payloads, copies = bucket_payloads(bucket, flats[0], len(ranks), readers, self._counters)
         self._alive.setdefault(index, []).extend(copies)
         return payloads, LOADER if len(known) == len(ranks) else "flattened_bucket"
 
@@ -210,7 +210,7 @@ class WeightSender:
 
     async def broadcast(self, index: int, name: str) -> None:
         """Sends bucket ``index`` to the engine of a group, on a thread of its own. Errors as ``EngineGroup``'s."""
-        await beside("weight-sync", self._groups[name].broadcast, self._packed[index][0])
+        await beside("weight-sync", self._groups[name].broadcast, self._packed[index][0][0])
 
     async def close_group(self, name: str) -> None:
         """Ends a group; a broadcast that waits in it raises."""

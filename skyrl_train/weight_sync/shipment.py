@@ -118,7 +118,8 @@ class Shipment:
             ranks = dict.fromkeys(rank for name in members for rank in ranks_of(run.engines[name].facts))
             limit = self.settings.bucket_bytes
             plan = SendPlan(
-                dtype=dtype, limit=limit, device=device, ranks=tuple(ranks), digests=kind, merged=merged, own=own
+                dtype=dtype, limit=limit, device=device, ranks=tuple(ranks), digests=kind, merged=merged, own=own,
+                hold=own and not self.settings.sleep,
             )  # fmt: skip
             plans.append((plan, members))
         return plans

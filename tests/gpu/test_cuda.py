@@ -16,6 +16,7 @@ from skyrl_train.engines.sglang.payloads import Counter, directed_payloads, give
 from skyrl_train.models.attention import NAME
 from skyrl_train.models.scoring import score
 from skyrl_train.types import Prompt, Trajectory
+from skyrl_train.weight_sync.digests import tiles
 from skyrl_train.weight_sync.layout import Rank
 from skyrl_train.weight_sync.outline import SendPlan
 from skyrl_train.weight_sync.own_memory import lent
@@ -130,7 +131,7 @@ def test_another_process_reads_the_learners_own_memory():
     for turn in range(3):
         memory.add_(turn)
         counters: list[Counter] = []
-        (payload,), copies = directed_payloads([b"what is where"], lent(memory), counters)
+        (payload,), copies = directed_payloads([[b"what is where"]], [lent(memory)], counters)
         done = subprocess.run(
             [sys.executable, "-c", READER], input=payload, capture_output=True, text=True, timeout=120, check=True
         )
@@ -142,6 +143,15 @@ def test_another_process_reads_the_learners_own_memory():
     del memory, storage
     torch.cuda.ipc_collect()
     assert torch.cuda.memory_allocated() == before
+
+
+def test_digests_of_what_is_converted_as_it_is_read():
+    draw = torch.Generator(device="cuda").manual_seed(0)
+    tensors = [torch.randn(shape, generator=draw, device="cuda") for shape in [(7000,), (33, 1000), (4096, 4096), (2,)]]
+    tensors.append(torch.tensor([1.00390625, 1.01171875, -0.0, 3e38, 1e-40, 1.5], device="cuda"))  # ties, and no ties
+    converted = [tensor.bfloat16() for tensor in tensors]
+    assert torch.equal(tiles(tensors, torch.bfloat16), tiles(converted))
+    assert torch.equal(tiles(converted).cpu(), tiles([tensor.cpu() for tensor in converted]))
 
 
 READER = """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -82,6 +84,23 @@ def test_it_converts_what_comes_in_another_number_format(rank: Rank) -> None:
         wanted = torch.cat([LAYOUT.slice(part, tensors[part].bfloat16(), rank) for part in LAYOUT.parts[name]])
         assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, wanted), name
     assert not model.passed
+
+
+def test_memory_that_is_held_is_the_last_alone() -> None:
+    model, tensors = Held(Rank()), {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    pieces, totals = LAYOUT.pieces(SHAPES, Rank())
+    (bucket,) = plan_buckets([Spec(name=n, shape=s, dtype=torch.float32) for n, s in SHAPES.items()])
+
+    def load(*, hold: bool, tied: bool = True) -> weakref.ref:
+        flat, _ = pack(bucket, [tensors[spec.name] for spec in bucket], "cpu")
+        skyrl_loader.load(model, [(directions(bucket, pieces, totals, tied=tied, hold=hold), flat)])
+        return weakref.ref(flat)
+
+    first = load(hold=True)
+    assert first() is not None
+    second = load(hold=True)
+    assert first() is None and second() is not None
+    assert load(hold=False)() is None and second() is None, "another message: the memory may be another"
 
 
 def test_memory_that_has_moved_is_found_again() -> None:

@@ -15,7 +15,7 @@ from skyrl_train.models.gather import own_part
 from skyrl_train.roles import PolicyWithSender
 from skyrl_train.weight_sync.layout import Rank
 from skyrl_train.weight_sync.outline import Outline, SendPlan
-from skyrl_train.weight_sync.own_memory import lent, own_buckets
+from skyrl_train.weight_sync.own_memory import lent, own_runs
 
 PLAN = SendPlan(dtype="bfloat16", limit=1 << 14, device="cpu", ranks=(Rank(),), digests="tiles", own=True)
 
@@ -39,15 +39,20 @@ def sent(policy: PolicyWithSender, plan: SendPlan) -> dict:
 @pytest.mark.parametrize("kind", ["tiles", "sha256"])
 def test_the_digests_are_those_of_packed_buckets(policy, kind) -> None:
     own, packed = replace(PLAN, digests=kind), replace(PLAN, digests=kind, own=False)
-    digests = sent(policy, own)
-    assert digests == sent(policy, packed) and len(digests[Rank()]) > 10
+    for _ in range(2):
+        digests = sent(policy, own)
+        assert digests == sent(policy, packed) and len(digests[Rank()]) > 10
+        with torch.no_grad():
+            own_part(policy.model.get_input_embeddings().weight)[3, 5] += 1
     (mine,) = (outline for outline in policy.sender._outlines.values() if outline.own)
     assert len(mine.buckets) == 1 and all(spec.dtype == torch.float32 for spec in mine.buckets[0])
 
 
 def test_what_is_lent_is_the_memory_itself(policy) -> None:
     outline = Outline(policy.model, PLAN)
-    ((flat, views),) = (outline.fill(index) for index in range(len(outline.buckets)))
+    ((bucket, _),) = outline.own
+    assert outline.buckets == [bucket]
+    (flat,), views = outline.fill(0)
     assert not views
     for spec, tensor in zip(outline.buckets[0], unpack(outline.buckets[0], flat), strict=True):
         parameter = outline.tensors.parameter(spec.name)
@@ -76,11 +81,11 @@ def test_else_buckets_are_packed(policy, sglang_model, why, monkeypatch) -> None
 def test_runs_need_no_gap_and_no_overlap() -> None:
     memory = torch.arange(64, dtype=torch.float32)
     first, second, last = memory[:5].view(1, 5), memory[8:16].view(2, 4), memory[16:64]
-    ((bucket, holder),) = own_buckets({"b": second, "a": first, "c": last}, most=1)
+    ((bucket, holder),) = own_runs({"b": second, "a": first, "c": last})
     assert [spec.name for spec in bucket] == ["a", "b", "c"] and lent(holder).data_ptr() == memory.data_ptr()
-    assert not own_buckets({"a": first, "c": last}, most=1), "a gap"
-    assert not own_buckets({"b": second, "c": last}, most=1), "something else comes first"
-    assert not own_buckets({"a": first, "b": second, "c": last, "d": last}, most=1), "twice"
-    assert not own_buckets({"a": memory.view(8, 8).T}, most=1), "rows that are columns"
+    assert not own_runs({"a": first, "c": last}), "a gap"
+    assert not own_runs({"b": second, "c": last}), "something else comes first"
+    assert not own_runs({"a": first, "b": second, "c": last, "d": last}), "twice"
+    assert not own_runs({"a": memory.view(8, 8).T}), "rows that are columns"
     many = {str(index): copy.deepcopy(first) for index in range(9)}
-    assert not own_buckets(many, most=1) and len(own_buckets(many, most=9)) == 9
+    assert len(own_runs(many)) == 9 and not own_runs(many | {f"more {name}": copy.deepcopy(first) for name in many})

@@ -161,19 +161,24 @@ def bucket_payloads(
 
 
 def directed_payloads(
-    directions: Sequence[bytes], flat: Tensor, counters: list[Counter] | None = None
+    directions: Sequence[Sequence[bytes]], flats: Sequence[Tensor], counters: list[Counter] | None = None
 ) -> tuple[list[str], list[Tensor]]:
     """Payloads of one bucket for ``load_format=LOADER``, one for each rank.
 
     Args:
-        directions: the message of each rank (``weight_sync/directions.py``).
+        directions: for each rank the message (``weight_sync/directions.py``) of each run of the bucket's bytes.
+        flats: the runs.
         counters: as for ``bucket_payloads``.
 
     Returns:
         As ``bucket_payloads``.
     """
-    copies = _for_ranks(flat, len(directions))
-    return [serialize([(text, copy)], 1, counters) for text, copy in zip(directions, copies, strict=True)], copies
+    copies = list(zip(*(_for_ranks(flat, len(directions)) for flat in flats), strict=True))
+    payloads = [
+        serialize(list(zip(texts, own, strict=True)), 1, counters)
+        for texts, own in zip(directions, copies, strict=True)
+    ]
+    return payloads, [copy for own in copies for copy in own]
 
 
 def _for_ranks(flat: Tensor, ranks: int) -> list[Tensor]:

@@ -6,7 +6,9 @@ the copying. Here the message tells the places, the views are made once, and a b
     {"tensors": [[name, dtype, shape, first byte], ...],        what the bucket holds
      "pieces":  [[tensor, held name, first, size, stride, start, zeros], ...],      in elements
      "held":    {held name: elements},                          what this rank must hold, if the places are right
-     "tied":    whether the output embedding is the input's}
+     "tied":    whether the output embedding is the input's,
+     "hold":    whether the memory, the sender's own, is to stay mapped until the next time, since opening it takes
+                about as long as the copying}
 
 It is JSON, compressed by zlib.
 What does not fit what the model holds goes through the model's own ``load_weights``. Needs torch alone.
@@ -35,6 +37,8 @@ def load(model, named_tensors):
         if bucket is None or bucket.moved():
             if len(ready) >= LIMIT:
                 ready.clear()
+            for other in ready.values():  # the sender's memory may be another
+                other.held = None
             bucket = ready[message] = _Bucket(model, json.loads(zlib.decompress(message)))
         with torch.no_grad():
             bucket.load(model, flat)
@@ -46,6 +50,7 @@ class _Bucket:
     def __init__(self, model, message):
         self.tensors = [(name, getattr(torch, dtype), shape, at) for name, dtype, shape, at in message["tensors"]]
         self.sources, self.targets, self.padding, self.addresses = [], [], [], []
+        self.hold, self.held = message["hold"], None
         self.misfit = self._find(dict(model.named_parameters()), message)
         if self.misfit:
             log.warning("skyrl_loader: %s; the bucket goes through the model's own loader", self.misfit)
@@ -63,6 +68,10 @@ class _Bucket:
         torch._foreach_copy_(self.targets, sources)  # pyright: ignore[reportPrivateImportUsage]
         if self.padding:
             torch._foreach_zero_(self.padding)  # pyright: ignore[reportPrivateImportUsage]
+        if self.hold:
+            if flat.is_cuda:
+                torch.cuda.current_stream().synchronize()  # as letting go of it would
+            self.held = flat
 
     def _find(self, parameters, message):
         """Makes the views; returns what does not fit."""
