@@ -5,7 +5,8 @@
 #
 # All of them, in this order, if none is named; "two" needs two GPUs. Stages on different GPUs may run side by side, by
 # CUDA_VISIBLE_DEVICES. The environment needs torch with CUDA, SGLang, transformers, hydra-core, ray, peft and pytest;
-# nothing is fetched. A stage that fails leaves the others alone.
+# nothing is fetched. A stage that fails, or takes more than LIMIT seconds (600), leaves the others alone. $OUT/progress
+# says what has begun and ended, and $OUT/STAGE.log what each said.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-benchmarks/results/gpu}
@@ -46,7 +47,8 @@ learner() { # the scenarios that need one GPU
 }
 
 sync() {
-  python3 benchmarks/weight_sync_gpu.py --sizes 0.6B 4B --cycles 50 --work "$WORK/sync" --out "$OUT/weight_sync.json"
+  python3 benchmarks/weight_sync_gpu.py --sizes ${SYNC:-0.6B 4B 8B} --utilization 0.3 --cycles ${CYCLES:-50} --buckets-gb 1 4 \
+    --work "$WORK/sync" --out "$OUT/weight_sync.json"
   python3 benchmarks/weight_sync_gpu.py --sizes 0.6B --layouts lora --proofs off both --work "$WORK/sync" \
     --out "$OUT/adapter_sync.json"
 }
@@ -63,7 +65,10 @@ attention() { # each kernel serves, and its log-probs pass the probe against the
   done
 }
 
-grpo() { python3 benchmarks/grpo_gpu.py --sizes 0.6B --work "$WORK/grpo" --out "$OUT/grpo.json"; }
+grpo() { # few graphs, so that the server starts in time
+  python3 benchmarks/grpo_gpu.py --sizes ${GRPO:-0.6B} --work "$WORK/grpo" --out "$OUT/grpo.json" --deadline "${LIMIT:-600}" \
+    "+generator.engine_init_kwargs.cuda_graph_bs=[64,256,512,1024]"
+}
 
 two() {
   python3 benchmarks/nccl_broadcast.py --out "$OUT/nccl_broadcast.json"
@@ -78,12 +83,16 @@ learner_two() {
   python3 benchmarks/learner_gpu.py --out "$OUT/learner_two_gpus.json" --work "$WORK/learner" --only scaling
 }
 
+if [ "${1:-}" = --stage ]; then
+  "$2"
+  exit
+fi
 machine="$OUT/machine.txt"
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | tee "$machine"
 python3 -c "import torch, transformers, sglang; print('torch', torch.__version__, 'transformers', transformers.__version__, 'sglang', sglang.__version__)" | tee -a "$machine"
 [ $# -gt 0 ] || set -- tests quickstart embedded learner sync rollout grpo learning attention two
 for stage in "$@"; do
-  echo "== $stage ($SECONDS s) =="
-  "$stage"
+  echo "$stage begins ($SECONDS s)" | tee -a "$OUT/progress"
+  timeout -k 10 "${LIMIT:-600}" bash benchmarks/gpu_session.sh --stage "$stage" 2>&1 | tee "$OUT/$stage.log"
+  echo "$stage ended: ${PIPESTATUS[0]} ($SECONDS s)" | tee -a "$OUT/progress"
 done
-echo "== done ($SECONDS s) =="

@@ -38,7 +38,7 @@ def load(model, named_tensors):
             if len(ready) >= LIMIT:
                 ready.clear()
             for other in ready.values():  # the sender's memory may be another
-                other.held = None
+                other.let_go()
             bucket = ready[message] = _Bucket(model, json.loads(zlib.decompress(message)))
         with torch.no_grad():
             bucket.load(model, flat)
@@ -50,7 +50,8 @@ class _Bucket:
     def __init__(self, model, message):
         self.tensors = [(name, getattr(torch, dtype), shape, at) for name, dtype, shape, at in message["tensors"]]
         self.sources, self.targets, self.padding, self.addresses = [], [], [], []
-        self.hold, self.held = message["hold"], None
+        self.hold = message["hold"]
+        self.let_go()
         self.misfit = self._find(dict(model.named_parameters()), message)
         if self.misfit:
             log.warning("skyrl_loader: %s; the bucket goes through the model's own loader", self.misfit)
@@ -63,15 +64,23 @@ class _Bucket:
         if self.misfit:
             model.load_weights([(n, _view(flat, dtype, shape, at)) for n, dtype, shape, at in self.tensors])
             return
-        typed = {dtype: flat.view(dtype) for dtype in {source[0] for source in self.sources}}
-        sources = [torch.as_strided(typed[dtype], *where) for dtype, *where in self.sources]
+        if self.held is not None and self.held.data_ptr() == flat.data_ptr():
+            sources = self.held_sources
+        else:
+            typed = {dtype: flat.view(dtype) for dtype in {source[0] for source in self.sources}}
+            sources = [torch.as_strided(typed[dtype], *where) for dtype, *where in self.sources]
         torch._foreach_copy_(self.targets, sources)  # pyright: ignore[reportPrivateImportUsage]
         if self.padding:
             torch._foreach_zero_(self.padding)  # pyright: ignore[reportPrivateImportUsage]
         if self.hold:
             if flat.is_cuda:
                 torch.cuda.current_stream().synchronize()  # as letting go of it would
-            self.held = flat
+            if sources is not self.held_sources:
+                self.held, self.held_sources = flat, sources
+
+    def let_go(self):
+        """Of memory that was to stay mapped."""
+        self.held, self.held_sources = None, []
 
     def _find(self, parameters, message):
         """Makes the views; returns what does not fit."""
