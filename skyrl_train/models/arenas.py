@@ -24,12 +24,12 @@ def into_arenas(module: nn.Module, limit: int = ARENA) -> int:
     """Moves this worker's shards, which stay the same parameters. For a module that has not run yet.
 
     Args:
-        limit: bytes of a run; a larger tensor has one of its own.
+        limit: bytes of a run, less where memory is short; a larger tensor has one of its own.
 
     Returns:
         How many runs there are.
     """
-    places = _plan(module, limit)
+    places = _plan(module, _affordable(module, limit))
     sizes: dict[int, int] = {}
     for run, start, size in places.values():
         sizes[run] = max(sizes.get(run, 0), start + size)
@@ -53,6 +53,12 @@ def into_arenas(module: nn.Module, limit: int = ARENA) -> int:
     if arenas and arenas[0].is_cuda:
         torch.cuda.empty_cache()
     return len(sizes)
+
+
+def _affordable(module: nn.Module, limit: int) -> int:
+    """At most half of what is free on a GPU: a run is filled before what was there is given back."""
+    device = next(module.parameters()).device
+    return limit if device.type != "cuda" else min(limit, torch.cuda.mem_get_info(device)[0] // 2)
 
 
 def _plan(module: nn.Module, limit: int) -> dict[int, tuple[int, int, int]]:
