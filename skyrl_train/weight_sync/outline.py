@@ -79,6 +79,8 @@ class Outline:
     def fill(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
         """The bytes of bucket ``index``, ``[N]`` uint8 for each run, and its tensors there (of own memory none)."""
         if self.own:
+            if self.plan.hold and self.plan.device == "cuda":  # who has it mapped does not wait for our stream
+                torch.cuda.current_stream().synchronize()
             return [lent(holder) for _, holder in self.own], []
         flat, views = empty_bucket(self.buckets[index], self.plan.device)
         if index in self._parts:
