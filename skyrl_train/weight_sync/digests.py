@@ -131,13 +131,16 @@ class OwnDigester:
         """Takes the tensors as they are now."""
         for rank, held in self._held.items():
             tensors = [make() for make in held.values()]
-            hashed = [digest(_as(t, self.dtype), "sha256") for t in tensors] if self.kind == "sha256" else None
-            self._found[rank] = hashed or tiles(tensors, self.dtype)
+            if self.kind == "sha256":
+                self._found[rank] = [digest(_as(tensor, self.dtype), "sha256") for tensor in tensors]
+            else:
+                self._found[rank] = tiles(tensors, self.dtype)
 
     def result(self) -> dict[Rank, dict[str, str]]:
-        """As ``Digester.result``."""
-        texts = self._found if self.kind == "sha256" else {rank: finish(sums) for rank, sums in self._found.items()}
-        return {rank: dict(zip(held, texts[rank], strict=True)) for rank, held in self._held.items()}
+        """As ``Digester.result``, once; empty if nothing was taken since."""
+        found, self._found = self._found, {}
+        texts = found if self.kind == "sha256" else {rank: finish(sums) for rank, sums in found.items()}
+        return {rank: dict(zip(self._held[rank], each, strict=True)) for rank, each in texts.items()}
 
 
 def _held_by(layout: Layout, rank: Rank, parts: Mapping[str, Tensor]) -> Tensor:

@@ -60,6 +60,13 @@ def test_what_is_lent_is_the_memory_itself(policy) -> None:
         assert torch.equal(tensor, own_part(parameter))
 
 
+def test_a_sync_that_broke_off_has_no_digests(policy) -> None:
+    sent(policy, PLAN)
+    policy.weights_begin(PLAN)
+    policy.weights_pack(0)
+    assert policy.weights_end() == {}, "not those of the last sync"
+
+
 @pytest.mark.parametrize("why", ["adapter", "not asked for", "apart", "not sharded"])
 def test_else_buckets_are_packed(policy, sglang_model, why, monkeypatch) -> None:
     plan = PLAN
