@@ -27,7 +27,7 @@ from skyrl_train.runtime.base import Workers
 from skyrl_train.runtime.place import Place
 from skyrl_train.types import Prompt, Trajectory
 from skyrl_train.weight_sync.layout import Rank
-from skyrl_train.weight_sync.outline import SendPlan
+from skyrl_train.weight_sync.outline import SendPlan, Sent
 from skyrl_train.weight_sync.sender import WeightSender
 
 if TYPE_CHECKING:
@@ -112,8 +112,10 @@ class PolicyWithSender(PolicyWorker):
     def weights_hash(self, index: int) -> None:
         self.sender.hash(index)
 
-    def weights_share(self, index: int, ranks: Sequence[Rank], readers: int, directed: bool) -> tuple[list[str], str]:
-        return self.sender.share(index, ranks, readers, directed=directed)
+    def weights_share(
+        self, index: int, engine: str, ranks: Sequence[Rank], readers: int, directed: bool
+    ) -> tuple[list[str], str]:
+        return self.sender.share(index, engine, ranks, readers, directed=directed)
 
     async def weights_broadcast(self, index: int, group: str) -> None:
         await self.sender.broadcast(index, group)
@@ -127,7 +129,7 @@ class PolicyWithSender(PolicyWorker):
     def weights_release(self, index: int) -> None:
         self.sender.release(index)
 
-    def weights_end(self) -> dict[Rank, dict[str, str]]:
+    def weights_end(self) -> Sent:
         return self.sender.end()
 
     def adapter_begin(self) -> dict[str, Any]:

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from skyrl_train.engines.sglang.inside.skyrl_tiles import MIX, PLACE, RUN, SEEDS, TURN, words
 from skyrl_train.weight_sync.layout import Layout, Rank
-from skyrl_train.weight_sync.tile_numbers import MIX, PLACE, RUN, SEEDS, TURN
 
 Kind = Literal["sha256", "tiles"]
 _64 = (1 << 64) - 1
@@ -43,18 +43,25 @@ def tiles(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor
         dtype: as if they were converted to it first.
     """
     if tensors and tensors[0].is_cuda:
-        from skyrl_train.weight_sync.tile_kernel import sums_of_runs
+        from skyrl_train.engines.sglang.inside.skyrl_tiles.kernel import sums_of_runs
 
         if dtype == torch.bfloat16 and all(map(_pairs, tensors)):  # converted as they are read
             return sums_of_runs([tensor.detach().flatten() for tensor in tensors])
-        return sums_of_runs([_words(_as(tensor, dtype)) for tensor in tensors])
-    words = [_words(_as(tensor, dtype)) for tensor in tensors]
-    return torch.tensor([_sum_of_runs(each.numpy().view(np.uint32)) for each in words], dtype=torch.int64)
+        return sums_of_runs([words(_as(tensor, dtype)) for tensor in tensors])
+    arrays = [words(_as(tensor, dtype)).numpy().view(np.uint32) for tensor in tensors]
+    return torch.tensor([_sum_of_runs(each) for each in arrays], dtype=torch.int64)
 
 
 def finish(sums: Tensor) -> list[str]:
     """The digests that belong to ``[N]`` sums; one copy from the GPU for all of them."""
     return [f"{_scramble(value & _64):016x}" for value in sums.tolist()]
+
+
+def told(sums: Tensor, kind: Kind) -> list[str] | None:
+    """The digests that the loader inside a server has answered, ``[N]`` int64; None: it has not."""
+    if not sums.all():
+        return None
+    return finish(sums) if kind == "tiles" else [f"{value & _64:016x}" for value in sums.tolist()]
 
 
 class Digester:
@@ -180,13 +187,6 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _words(tensor: Tensor) -> Tensor:
-    """A tensor's bytes as 32-bit words, the last filled up with zeros."""
-    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
-    missing = -len(flat) % 4
-    return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(torch.int32)
-
-
 def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> 16)) * np.uint32(MIX[0])
     x = (x ^ (x >> 13)) * np.uint32(MIX[1])
@@ -194,7 +194,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _sum_of_runs(words: np.ndarray) -> int:
-    """The plain form of ``tile_kernel.sums_of_runs``, and what it must equal."""
+    """The plain form of ``skyrl_tiles/kernel.py``, and what it must equal."""
     total, size = 0, np.uint32(len(words) * 4 & 0xFFFFFFFF)
     for start in range(0, len(words), RUN):
         part = words[start : start + RUN]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from skyrl_train.engines.sglang.payloads import Bucket, aligned
 from skyrl_train.weight_sync.layout import Piece
@@ -29,5 +30,17 @@ def directions(
         found.append((index, piece.held, piece.first, piece.size, piece.stride, piece.start, piece.zeros))
         start += aligned(spec.size)
     held = {piece[1]: totals[piece[1]] for piece in found}
-    told = {"tensors": tensors, "pieces": found, "held": held, "tied": tied, "hold": hold}
+    return _message({"tensors": tensors, "pieces": found, "held": held, "tied": tied, "hold": hold})
+
+
+def question(names: Iterable[str], *, hold: bool = False) -> bytes:
+    """What asks the loader for digests of all that one rank holds, in the order of these names.
+
+    Args:
+        hold: the memory of the answer is to stay mapped.
+    """
+    return _message({"report": list(names), "hold": hold})
+
+
+def _message(told: Mapping[str, Any]) -> bytes:
     return zlib.compress(json.dumps(told, separators=(",", ":")).encode())

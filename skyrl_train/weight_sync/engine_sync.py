@@ -6,6 +6,9 @@
 All engines go through it side by side, and one that fails anywhere drops out: it is put in quarantine, and gets no
 prompt until it has gone through the whole of it. The order is what makes it safe: an engine whose weights are not
 proven has neither a cache nor the new version's name, and its probe is answered before any request of ours.
+
+Where nobody else can ask the engines (we launched them), they need not leave memory to anyone, and digests were told
+with the last bucket, the digests are compared last: the workers compute theirs while the engines answer the probe.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from skyrl_train.engines.sglang.control import PauseMode
 from skyrl_train.engines.sglang.engine import SGLangEngine
 from skyrl_train.errors import WeightSyncError
 from skyrl_train.learner.residents import Residents
+from skyrl_train.runtime.background import Started
 from skyrl_train.runtime.base import Workers
 from skyrl_train.runtime.local import quick_turns
 from skyrl_train.weight_sync.adapters import AdapterSync
@@ -170,9 +174,9 @@ class EngineSync(WeightSync):
         return self._metrics(delivery, version, time.monotonic() - begun)
 
     async def _deliver(self, engines: Mapping[str, SGLangEngine], version: int) -> Delivery:
-        """The learner packs while the engines pause, and computes its half of the probe while they do theirs.
+        """The learner packs while the engines pause, and computes its half of the probe from when all is on its way.
 
-        Where both are on one GPU, and the learner has to leave it first, it computes its half before that.
+        Where both are on one GPU, and the learner has to leave it first, it waits for that half.
         """
         run = Delivery(engines, version, self.settings.timeout)
         if self.residents:
@@ -180,28 +184,30 @@ class EngineSync(WeightSync):
         await run.each("wake", lambda _, engine: engine.wake_up(["weights"]))
         await run.each("join", self.shipment.open)
         pause = asyncio.create_task(run.each("pause", lambda _, engine: engine.pause(self._pause_mode(engine))))
+        half = Started(self._expected)
         try:
             names = list(run.engines) if self.adapters is None else self.adapters.without_base(run)
-            shipped = await self.shipment.send(run, names, merged=self.adapters is None, after=pause)
-        finally:
-            pause.cancel()
-            await asyncio.gather(pause, return_exceptions=True)
-        await self.shipment.prove(run, shipped)
-        if self.adapters is not None:
-            await self.adapters.take()
-        expected = asyncio.create_task(self._expected()) if self._probes and run.engines else None
-        try:
+            then = half.start if self._probes else None
+            shipped = await self.shipment.send(run, names, merged=self.adapters is None, after=pause, then=then)
+            last = not self.residents and not self.settings.sleep and self.shipment.can_wait(run)
+            if not last:
+                await self.shipment.prove(run, shipped)
+            if self.adapters is not None:
+                await self.adapters.take()
+            if self._probes and run.engines:
+                half.start()
+                if self.residents:
+                    await half
             if self.residents:
-                if expected is not None:
-                    await expected
                 await self.residents.nobody()
             await self._finish(run, version)
-            if expected is not None:
-                await run.each("probe", lambda _, engine: self._probe(engine, expected))
+            if self._probes:
+                await run.each("probe", lambda _, engine: self._probe(engine, half))
+            if last:
+                await self.shipment.prove(run, shipped)
         finally:
-            if expected is not None:
-                expected.cancel()
-                await asyncio.gather(expected, return_exceptions=True)
+            pause.cancel()
+            await asyncio.gather(pause, half.given_up(), return_exceptions=True)
         if self.adapters is not None:
             await self.adapters.unload_old(run)
         return run

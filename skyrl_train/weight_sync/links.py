@@ -97,7 +97,7 @@ class IpcLink(Link):
 
     async def prepare(self, index: int) -> None:
         facts = self.engine.facts
-        asked = (ranks_of(facts), facts.pipeline_parallel, self._directed)
+        asked = (self.engine.url, ranks_of(facts), facts.pipeline_parallel, self._directed)
         self._ready[index] = await self.workers.one(self.sender, "weights_share", index, *asked)
 
     async def send(self, index: int, bucket: Bucket) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from skyrl_train.engines.sglang.payloads import Bucket, Spec, empty_bucket, plan_buckets
 from skyrl_train.models.checkpoint_names import checkpoint_tensors
 from skyrl_train.models.gather import copy_all, copy_whole, in_place, own_part
-from skyrl_train.weight_sync.digests import Digester, Kind, OwnDigester
-from skyrl_train.weight_sync.directions import directions
+from skyrl_train.weight_sync.digests import Digester, Kind, OwnDigester, told
+from skyrl_train.weight_sync.directions import directions, question
 from skyrl_train.weight_sync.layout import Layout, Rank
 from skyrl_train.weight_sync.own_memory import lent, own_runs
 
@@ -41,6 +41,20 @@ class SendPlan:
     """The engines can read the worker's own memory, where that holds the model as it is."""
     hold: bool = False
     """That memory stays where it is, so that engines need not let go of it between syncs."""
+
+
+Digests = Mapping[Rank, Mapping[str, str]]
+"""By rank, the digest of each tensor that it holds, by its name there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sent:
+    """What is known of a sync's weights when all are sent."""
+
+    digests: Digests = field(default_factory=dict)
+    """Of what was sent; empty where the layout is not known."""
+    reports: Mapping[str, Digests] = field(default_factory=dict)
+    """By engine, what our loader inside it found there afterwards; only of engines that have answered in full."""
 
 
 class Outline:
@@ -71,6 +85,10 @@ class Outline:
         if plan.own and self.layout is not None and not self.layout.experts and self.knows(plan.ranks):
             self._take_own(self.layout, to)
         self._directions: dict[Rank, list[list[bytes]]] = {}
+        self._names: dict[Rank, list[str]] = {}
+        """What each rank of the directions holds."""
+        self._answers: dict[str, dict[Rank, Tensor]] = {}
+        """By engine, ``[N]`` int64 for each rank: there its loader writes the digests of what it holds."""
 
     def fresh(self) -> bool:
         """Whether all parameters are still where they were found, wherever their memory has been meanwhile."""
@@ -120,7 +138,35 @@ class Outline:
             )
             runs = [[bucket for bucket, _ in self.own]] if self.own else [[bucket] for bucket in self.buckets]
             self._directions[rank] = [list(map(tell, each)) for each in runs]
+            self._names[rank] = list(totals)
         return self._directions[rank][index]
+
+    def ask(self, engine: str, rank: Rank) -> tuple[bytes, Tensor]:
+        """What asks a rank, which has had ``directions``, for the digests of all it holds, and where it answers."""
+        answers, names = self._answers.setdefault(engine, {}), self._names[rank]
+        if rank not in answers:
+            answers[rank] = torch.zeros(len(names), dtype=torch.int64, device=self.plan.device)
+            if answers[rank].is_cuda:
+                torch.cuda.current_stream().synchronize()
+        return question(names, hold=self.plan.hold), answers[rank]
+
+    def forget_answers(self) -> None:
+        """Those of the last sync, before anybody is told where to write the next."""
+        for answers in self._answers.values():
+            for answer in answers.values():
+                answer.zero_()
+
+    def reports(self) -> dict[str, Digests]:
+        """See ``Sent``."""
+        if self.plan.digests is None:
+            return {}
+        found = {}
+        for engine, answers in self._answers.items():
+            texts = {rank: told(answer.cpu(), self.plan.digests) for rank, answer in answers.items()}
+            whole = {rank: each for rank, each in texts.items() if each is not None}
+            if len(whole) == len(texts):
+                found[engine] = {rank: dict(zip(self._names[rank], each, strict=True)) for rank, each in whole.items()}
+        return found
 
     def _take_own(self, layout: Layout, dtype: torch.dtype) -> None:
         parameters = [self.tensors.parameter(name) for name in self.tensors]

@@ -7,17 +7,21 @@ for the log-probs of each row's last quarter, so that the rest comes out of the 
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from skyrl_train.engines.sglang.engine import SGLangEngine
 from skyrl_train.engines.sglang.facts import TESTED, ServerFacts
 from skyrl_train.errors import WeightSyncError
 from skyrl_train.weight_sync.digests import Kind
 from skyrl_train.weight_sync.layout import Rank
+from skyrl_train.weight_sync.outline import Sent
 
 log = logging.getLogger("skyrl.weight_sync")
 
@@ -27,6 +31,8 @@ TOLERANCE = {"float32": 1e-3}
 """Mean difference of a row's log-probs, in nats, by number format."""
 TOLERANCE_ELSE = 0.1
 LORA_BASE = ".base_layer."
+BELIEVED = 50
+"""Times that our loader's word is taken for what SGLang's weights checker would say, once the two have agreed."""
 
 
 class ProofFailed(WeightSyncError):
@@ -101,6 +107,11 @@ def differences(held: Sequence[Held], sent: Mapping[Rank, Mapping[str, str]], *,
     return wrong + [f"{name} is on no rank" for name in sorted(missing)]
 
 
+def _digest_of(held: Sequence[Held]) -> str:
+    each = sorted((part.rank.tensor_rank, *pair) for part in held for pair in part.digests.items())
+    return hashlib.sha256(repr(each).encode()).hexdigest()
+
+
 def _tied(expected: Mapping[str, str]) -> str | None:
     """The last pipeline stage holds a copy of tied embeddings."""
     return expected.get("model.embed_tokens.weight")
@@ -111,9 +122,18 @@ class DigestProof:
     """Compares engines with what was sent, and says once where that is not possible."""
 
     told: set[str] = field(default_factory=set)
+    taken: WeakKeyDictionary[SGLangEngine, int] = field(default_factory=WeakKeyDictionary)
+    """How often our loader's word was taken since it last agreed with SGLang's."""
 
-    async def check(self, engine: SGLangEngine, sent: Mapping[Rank, Mapping[str, str]]) -> str | None:
-        """One engine.
+    def due(self, engine: SGLangEngine) -> bool:
+        """Whether SGLang itself is to be asked this time."""
+        return self.taken.get(engine, BELIEVED) >= BELIEVED
+
+    async def check(self, engine: SGLangEngine, sending: Awaitable[Sent]) -> str | None:
+        """One engine. SGLang's weights checker is asked, or our loader has told where that has been right before.
+
+        Args:
+            sending: what was sent, and told; it is awaited while SGLang is asked.
 
         Returns:
             A digest of all it holds, for comparing replicas; None if it cannot tell.
@@ -127,15 +147,13 @@ class DigestProof:
                 f"{facts.url}: SGLang {facts.version} has no weights checker; the probe alone proves its weights."
             )
             return None
-        answer = await engine.weights_checksum()
-        held = held_by(facts, answer)
-        whole = str(answer.get("per_engine_checksum"))
+        held, checksum, sent = await self._held(engine, sending)
         if not sent or not held or any(part.rank not in sent for part in held):
             self._tell(
                 f"{facts.url}: how SGLang lays out this model is not known; its digests are compared with those of its "
                 "replicas only, and the probe proves the weights."
             )
-            return whole
+            return checksum
         if facts.pipeline_parallel > 1:
             self._tell(
                 f"{facts.url}: of {facts.pipeline_parallel} pipeline stages, SGLang tells the digests of the first; "
@@ -148,10 +166,31 @@ class DigestProof:
                     f"{facts.url}: none of {compared} digests is the expected one, so SGLang {facts.version} computes "
                     "them in another way; they are compared with its replicas' only, and the probe proves the weights."
                 )
-                return whole
+                return checksum
             shown = "; ".join(wrong[:NAMED]) + (f"; and {len(wrong) - NAMED} more" if len(wrong) > NAMED else "")
+            self.taken.pop(engine, None)
             raise ProofFailed(f"{facts.url}: {len(wrong)} of {compared} tensors are not what was sent: {shown}")
-        return whole
+        return _digest_of(held)
+
+    async def _held(
+        self, engine: SGLangEngine, sending: Awaitable[Sent]
+    ) -> tuple[list[Held], str | None, Mapping[Rank, Mapping[str, str]]]:
+        """What the engine's ranks hold, SGLang's digest of all that where it was asked, and what they were sent."""
+        answer = None
+        if self.due(engine):
+            answer = await engine.weights_checksum()
+        sent = await asyncio.shield(sending)
+        report = [Held(rank, digests) for rank, digests in sent.reports.get(engine.url, {}).items()]
+        if answer is None and report:
+            self.taken[engine] += 1
+            return report, None, sent.digests
+        answer = answer or await engine.weights_checksum()
+        held = held_by(engine.facts, answer)
+        if report and _digest_of(report) == _digest_of(held):
+            self.taken[engine] = 0
+        else:
+            self.taken.pop(engine, None)
+        return held, str(answer.get("per_engine_checksum")), sent.digests
 
     def _tell(self, text: str) -> None:
         if text not in self.told:

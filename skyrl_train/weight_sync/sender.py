@@ -36,7 +36,7 @@ from skyrl_train.runtime.place import host_identity
 from skyrl_train.weight_sync.digests import Digester, OwnDigester
 from skyrl_train.weight_sync.group import EngineGroup, address_towards
 from skyrl_train.weight_sync.layout import Rank
-from skyrl_train.weight_sync.outline import Outline, SendPlan
+from skyrl_train.weight_sync.outline import Outline, SendPlan, Sent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,6 +84,7 @@ class WeightSender:
             self._outlines[plan] = Outline(self.model, plan)
         self._plan, self._now = plan, self._outlines[plan]
         self._digester = self._now.digester(plan)
+        self._now.forget_answers()
         return self._now.buckets
 
     def pack(self, index: int) -> None:
@@ -104,10 +105,13 @@ class WeightSender:
             names = [spec.name for spec in self._now.buckets[index]]
             self._digester.add(zip(names, self._packed[index][1], strict=False))  # there are none of own memory
 
-    def share(self, index: int, ranks: Sequence[Rank], readers: int, *, directed: bool) -> tuple[list[str], str]:
-        """Handles of bucket ``index`` for processes on this host.
+    def share(
+        self, index: int, engine: str, ranks: Sequence[Rank], readers: int, *, directed: bool
+    ) -> tuple[list[str], str]:
+        """Handles of bucket ``index`` for processes on this host; with the last, where they tell what they hold then.
 
         Args:
+            engine: its name, for ``end``.
             ranks: a message for each.
             readers: how many processes read each message.
             directed: the server has our loader, which is used where it is known how the ranks hold the model.
@@ -122,7 +126,9 @@ class WeightSender:
         if len(known) == len(ranks):
             # What is held is read, but not told to be: its counters say nothing.
             counters = None if self._now.own and self._now.plan.hold else self._counters
-            payloads, copies = directed_payloads(known, flats, counters)
+            last = index == len(self._now.buckets) - 1 and self._digester is not None
+            questions = [self._now.ask(engine, rank) for rank in ranks] if last else []
+            payloads, copies = directed_payloads(known, flats, counters, questions)
         else:
             payloads, copies = bucket_payloads(bucket, flats[0], len(ranks), readers, self._counters)
         self._alive.setdefault(index, []).extend(copies)
@@ -156,9 +162,11 @@ class WeightSender:
         self._packed.pop(index, None)
         self._alive.pop(index, None)
 
-    def end(self) -> dict[Rank, dict[str, str]]:
-        """Frees everything; the digests of what was packed, by rank. Empty where the layout is not known."""
-        found = self._digester.result() if self._digester is not None else {}
+    def end(self) -> Sent:
+        """Frees everything, when all engines have answered; what is known of the weights."""
+        found = Sent()
+        if self._now is not None and self._digester is not None:
+            found = Sent(digests=self._digester.result(), reports=self._now.reports())
         if self._now is not None:
             self._now.tensors.release()
         self._plan, self._digester, self._now = None, None, None

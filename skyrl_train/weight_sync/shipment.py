@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,15 +13,15 @@ from skyrl_train.engines.sglang.engine import SGLangEngine
 from skyrl_train.runtime.base import Workers
 from skyrl_train.weight_sync.delivery import Delivery
 from skyrl_train.weight_sync.links import Folder, Link, Surroundings, choose, make
-from skyrl_train.weight_sync.outline import SendPlan
+from skyrl_train.weight_sync.outline import SendPlan, Sent
 from skyrl_train.weight_sync.proof import DigestProof, ProofFailed, digest_kind, predictable, ranks_of
 from skyrl_train.weight_sync.sender import AHEAD
 from skyrl_train.weight_sync.settings import SyncSettings
 
 log = logging.getLogger("skyrl.weight_sync")
 
-Shipped = tuple[Delivery, Mapping[Any, Mapping[str, str]]]
-"""Engines that were sent the same, and the digests of that by rank."""
+Shipped = tuple[Delivery, Awaitable[Sent]]
+"""Engines that were sent the same, and what will be known of it when the workers come to it."""
 
 
 class Shipment:
@@ -63,23 +63,32 @@ class Shipment:
             await self._drop_link(name)
 
     async def send(
-        self, run: Delivery, names: list[str], *, merged: bool = True, after: Awaitable[Any] | None = None
+        self,
+        run: Delivery,
+        names: list[str],
+        *,
+        merged: bool = True,
+        after: Awaitable[Any] | None = None,
+        then: Callable[[], Any] | None = None,
     ) -> list[Shipped]:
         """Sends the weights to some engines of a delivery; those that fail drop out.
 
         Args:
             merged: with the adapter's work in them, if the policy has one; else the base model's.
             after: what the engines have to do first: it is awaited once the first bucket is packed.
+            then: gives the workers more to do; called when the engines have been told of the last bucket.
 
         Returns:
             What ``prove`` looks at.
         """
-        shipped = []
-        for plan, together in self._plans(run, names, merged):
+        shipped: list[Shipped] = []
+        plans = self._plans(run, names, merged)
+        for plan, together in plans:
             there = {name: run.engines[name] for name in together if name in run.engines}
             part = Delivery(there, run.version, run.timeout)
             part.seconds = run.seconds
-            shipped.append((part, await self._send_buckets(run, part, plan, after)))
+            last = plan is plans[-1][0]
+            shipped.append((part, await self._send_buckets(run, part, plan, after, then if last else None)))
             await self._drop_failed(run, part)
         if after is not None:
             await after
@@ -87,11 +96,18 @@ class Shipment:
 
     async def prove(self, run: Delivery, shipped: list[Shipped]) -> None:
         """Compares the digests of what engines hold with those of what was sent; those that differ drop out."""
-        if self._wants_digests:
-            for part, sent in shipped:
+        for part, sent in shipped:
+            _leave_out(part, run)
+            if self._wants_digests:
                 found = await part.each("prove", lambda _, engine, sent=sent: self._digests.check(engine, sent))
                 self._compare_replicas(part, found)
                 await self._drop_failed(run, part)
+            await sent
+
+    def can_wait(self, run: Delivery) -> bool:
+        """Whether ``prove`` may come last: nobody but us asks these engines, and none has to be asked for it."""
+        launched = all(self.around[name].launched for name in run.engines)
+        return launched and not (self._wants_digests and any(map(self._digests.due, run.engines.values())))
 
     async def _drop_failed(self, run: Delivery, part: Delivery) -> None:
         for name, error in part.failed.items():
@@ -125,13 +141,19 @@ class Shipment:
         return plans
 
     async def _send_buckets(
-        self, run: Delivery, part: Delivery, plan: SendPlan, after: Awaitable[Any] | None
-    ) -> Mapping[Any, Mapping[str, str]]:
-        """Bucket after bucket: while one is loaded, the next is packed and its message is read. Returns the digests."""
+        self,
+        run: Delivery,
+        part: Delivery,
+        plan: SendPlan,
+        after: Awaitable[Any] | None,
+        then: Callable[[], Any] | None,
+    ) -> Awaitable[Sent]:
+        """Bucket after bucket: while one is loaded, the next is packed and its message is read."""
         self._folder.begin()
         if any(self._links[name].name == "disk" for name in part.engines):
             await self.workers.one(0, "weights_write_config", self._folder.path)
         on_their_way: dict[int, asyncio.Task[Any]] = {}
+        hashed: list[asyncio.Task[Any]] = []
         try:
             buckets = (await self.workers.all("weights_begin", plan))[0]
             for index, bucket in enumerate(buckets):
@@ -142,24 +164,38 @@ class Shipment:
                 if index == 0:
                     if after is not None:
                         await after
-                        part.engines = {name: part.engines[name] for name in part.engines if name in run.engines}
+                        _leave_out(part, run)
                     await part.each("begin", lambda _, engine: engine.begin_update())
                 await part.each("share", lambda name, _, index=index: self._links[name].prepare(index))
                 detail = f"bucket {index + 1} of {len(buckets)}"
                 send = part.each("send", partial(self._send_bucket, index, bucket), detail=detail, timed=False)
                 on_their_way[index] = asyncio.create_task(send)
+                last = index == len(buckets) - 1
+                if last and then is not None:
+                    then()
+                    await asyncio.sleep(0)  # the workers take it up before the hash, which nobody waits for
                 if plan.digests:
-                    await _timed(part, "hash", self.workers.all("weights_hash", index))
+                    hashed.append(asyncio.create_task(self.workers.all("weights_hash", index)))
+                    if not last:
+                        await _timed(part, "hash", hashed[-1])
             while on_their_way:
                 await _arrived(part, on_their_way)
             await part.each("send", lambda name, _: self._links[name].finish())
             await part.each("end", lambda _, engine: engine.end_update())
-        finally:
+        except BaseException:
             for task in on_their_way.values():
                 task.cancel()
-            await asyncio.gather(*on_their_way.values(), return_exceptions=True)
-            sent = (await self.workers.all("weights_end"))[0]
-        return sent
+            await asyncio.gather(*on_their_way.values(), *hashed, return_exceptions=True)
+            await self._sent([])
+            raise
+        return asyncio.create_task(self._sent(hashed))
+
+    async def _sent(self, hashed: list[asyncio.Task[Any]]) -> Sent:
+        """Frees the buckets, all engines having answered."""
+        await asyncio.gather(*hashed)
+        found: list[Sent] = await self.workers.all("weights_end")
+        reports = {engine: told for each in found for engine, told in each.reports.items()}
+        return Sent(digests=found[0].digests, reports=reports)
 
     async def _send_bucket(self, index: int, bucket: Any, name: str, engine: SGLangEngine) -> None:
         await self._links[name].send(index, bucket)
@@ -184,6 +220,11 @@ class Shipment:
         link = self._links.pop(name, None)
         if link is not None:
             await link.close()
+
+
+def _leave_out(part: Delivery, run: Delivery) -> None:
+    """Engines that have failed elsewhere meanwhile."""
+    part.engines = {name: engine for name, engine in part.engines.items() if name in run.engines}
 
 
 async def _arrived(part: Delivery, on_their_way: dict[int, asyncio.Task[Any]]) -> int:

@@ -16,7 +16,8 @@ from skyrl_train.engines.sglang.payloads import Counter, directed_payloads, give
 from skyrl_train.models.attention import NAME
 from skyrl_train.models.scoring import score
 from skyrl_train.types import Prompt, Trajectory
-from skyrl_train.weight_sync.digests import tiles
+from skyrl_train.weight_sync.digests import digest, tiles, told
+from skyrl_train.weight_sync.directions import question
 from skyrl_train.weight_sync.layout import Rank
 from skyrl_train.weight_sync.outline import SendPlan
 from skyrl_train.weight_sync.own_memory import lent
@@ -115,7 +116,7 @@ def test_memory_that_no_engine_read_is_taken_back(model):
     before = held()
     sender.begin(plan)
     sender.pack(0)
-    sender.share(0, [Rank()], 1, directed=False)
+    sender.share(0, "e", [Rank()], 1, directed=False)
     sender.end()
     assert held() >= before + sum(p.nbytes for p in model.parameters()), "torch waits for the reader"
     sender.begin(plan)
@@ -152,6 +153,22 @@ def test_digests_of_what_is_converted_as_it_is_read():
     converted = [tensor.bfloat16() for tensor in tensors]
     assert torch.equal(tiles(tensors, torch.bfloat16), tiles(converted))
     assert torch.equal(tiles(converted).cpu(), tiles([tensor.cpu() for tensor in converted]))
+
+
+def test_the_loader_inside_sglang_tells_the_digests_of_what_the_model_holds(monkeypatch):
+    from skyrl_train.engines.sglang.inside import skyrl_loader  # pyright: ignore[reportAttributeAccessIssue]
+    from skyrl_train.engines.sglang.options import INSIDE
+
+    monkeypatch.syspath_prepend(str(INSIDE))
+    model = torch.nn.Sequential(torch.nn.Linear(64, 333), torch.nn.LayerNorm(333), torch.nn.Linear(333, 7))
+    model = model.to("cuda", torch.bfloat16)
+    names = [name for name, _ in model.named_parameters()][::-1]
+    out = torch.zeros(len(names), dtype=torch.int64, device="cuda")
+    held = dict(model.named_parameters())
+    for turn in range(2):
+        held[names[0]].data[0] += turn
+        skyrl_loader.load(model, [(question(names), out)])
+        assert told(out.cpu(), "tiles") == [digest(held[name].cpu(), "tiles") for name in names]
 
 
 READER = """

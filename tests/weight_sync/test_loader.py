@@ -10,7 +10,8 @@ from torch import nn
 
 from skyrl_train.engines.sglang.inside import skyrl_loader  # pyright: ignore[reportAttributeAccessIssue]
 from skyrl_train.engines.sglang.payloads import Spec, pack, plan_buckets
-from skyrl_train.weight_sync.directions import directions
+from skyrl_train.weight_sync.digests import digest, told
+from skyrl_train.weight_sync.directions import directions, question
 from skyrl_train.weight_sync.layout import Layout, Rank
 
 L = "model.layers.0."
@@ -101,6 +102,37 @@ def test_memory_that_is_held_is_the_last_alone() -> None:
     second = load(hold=True)
     assert first() is None and second() is not None
     assert load(hold=False)() is None and second() is None, "another message: the memory may be another"
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_it_tells_what_the_model_holds(adapter: bool) -> None:
+    model, names = Held(Rank(), adapter), list(LAYOUT.parts)
+    if adapter:
+        model.model.norm.lora_A = nn.Parameter(torch.zeros(3))
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    out = torch.zeros(len(names), dtype=torch.int64)
+    for turn in range(2):
+        next(model.parameters()).data[0, 0] += turn  # whoever has changed it
+        skyrl_loader.load(model, [(question(names), out)])
+        found = {name.replace(".base_layer", ""): parameter for name, parameter in model.named_parameters()}
+        assert told(out, "sha256") == [digest(found[name], "sha256") for name in names]
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    skyrl_loader.load(model, [(question(names), out)])
+    assert told(out, "sha256") == [digest(found[name], "sha256") for name in names], "of any number format"
+
+
+@pytest.mark.parametrize("fault", ["more", "less"])
+def test_it_tells_nothing_of_a_model_that_is_another(fault: str) -> None:
+    model, names = Held(Rank()), list(LAYOUT.parts)
+    out = torch.zeros(len(names), dtype=torch.int64)
+    if fault == "more":
+        model.more = nn.Parameter(torch.zeros(3))
+    else:
+        del model.model.norm.weight
+    skyrl_loader.load(model, [(question(names), out)])
+    assert told(out, "sha256") is None
 
 
 def test_memory_that_has_moved_is_found_again() -> None:

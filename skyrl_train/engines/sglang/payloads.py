@@ -161,7 +161,10 @@ def bucket_payloads(
 
 
 def directed_payloads(
-    directions: Sequence[Sequence[bytes]], flats: Sequence[Tensor], counters: list[Counter] | None = None
+    directions: Sequence[Sequence[bytes]],
+    flats: Sequence[Tensor],
+    counters: list[Counter] | None = None,
+    questions: Sequence[tuple[bytes, Tensor]] = (),
 ) -> tuple[list[str], list[Tensor]]:
     """Payloads of one bucket for ``load_format=LOADER``, one for each rank.
 
@@ -169,14 +172,15 @@ def directed_payloads(
         directions: for each rank the message (``weight_sync/directions.py``) of each run of the bucket's bytes.
         flats: the runs.
         counters: as for ``bucket_payloads``.
+        questions: for each rank what it is asked when it has loaded them, and the memory for its answer.
 
     Returns:
         As ``bucket_payloads``.
     """
     copies = list(zip(*(_for_ranks(flat, len(directions)) for flat in flats), strict=True))
     payloads = [
-        serialize(list(zip(texts, own, strict=True)), 1, counters)
-        for texts, own in zip(directions, copies, strict=True)
+        serialize([*zip(texts, own, strict=True), *questions[rank : rank + 1]], 1, counters)
+        for rank, (texts, own) in enumerate(zip(directions, copies, strict=True))
     ]
     return payloads, [copy for own in copies for copy in own]
 

@@ -10,10 +10,17 @@ the copying. Here the message tells the places, the views are made once, and a b
      "hold":    whether the memory, the sender's own, is to stay mapped until the next time, since opening it takes
                 about as long as the copying}
 
-It is JSON, compressed by zlib.
-What does not fit what the model holds goes through the model's own ``load_weights``. Needs torch alone.
+After the last bucket it may be asked what the model holds then. It answers into the sender's memory, ``[N]`` int64:
+
+    {"report": [held name, ...],        the digests that SGLang's weights checker would tell, in this order
+     "hold":   as above}
+
+A message is JSON, compressed by zlib.
+What does not fit what the model holds goes through the model's own ``load_weights``. Needs torch alone, and Triton for
+the digests of what lies on a GPU.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -31,17 +38,25 @@ LIMIT = 1024
 
 def load(model, named_tensors):
     """Loads buckets: pairs of a message and its ``[N]`` uint8 tensor."""
-    ready = _READY.setdefault(model, {})
+    ready, wait = _READY.setdefault(model, {}), False
     for message, flat in named_tensors:
-        bucket = ready.get(message)
-        if bucket is None or bucket.moved():
+        part = ready.get(message)
+        if part is None or part.moved():
             if len(ready) >= LIMIT:
                 ready.clear()
-            for other in ready.values():  # the sender's memory may be another
-                other.let_go()
-            bucket = ready[message] = _Bucket(model, json.loads(zlib.decompress(message)))
+            told = json.loads(zlib.decompress(message))
+            if "report" in told:
+                part = _Report(told)
+            else:
+                for other in ready.values():  # the sender's memory may be another
+                    other.let_go()
+                part = _Bucket(model, told)
+            ready[message] = part
         with torch.no_grad():
-            bucket.load(model, flat)
+            part.load(model, flat)
+        wait |= part.waits and flat.is_cuda
+    if wait:
+        torch.cuda.current_stream().synchronize()
 
 
 class _Bucket:
@@ -50,7 +65,7 @@ class _Bucket:
     def __init__(self, model, message):
         self.tensors = [(name, getattr(torch, dtype), shape, at) for name, dtype, shape, at in message["tensors"]]
         self.sources, self.targets, self.padding, self.addresses = [], [], [], []
-        self.hold = message["hold"]
+        self.hold = self.waits = message["hold"]  # letting go of the memory would wait for the GPU by itself
         self.let_go()
         self.misfit = self._find(dict(model.named_parameters()), message)
         if self.misfit:
@@ -72,11 +87,8 @@ class _Bucket:
         torch._foreach_copy_(self.targets, sources)  # pyright: ignore[reportPrivateImportUsage]
         if self.padding:
             torch._foreach_zero_(self.padding)  # pyright: ignore[reportPrivateImportUsage]
-        if self.hold:
-            if flat.is_cuda:
-                torch.cuda.current_stream().synchronize()  # as letting go of it would
-            if sources is not self.held_sources:
-                self.held, self.held_sources = flat, sources
+        if self.hold and sources is not self.held_sources:
+            self.held, self.held_sources = flat, sources
 
     def let_go(self):
         """Of memory that was to stay mapped."""
@@ -105,6 +117,42 @@ class _Bucket:
             if zeros:
                 self.padding.append(target[first + count : first + count + zeros])
         return None
+
+
+class _Report:
+    """Tells what the model holds. It looks for that anew each time, apart from what the buckets were told."""
+
+    waits = True  # the answer must be there when the server answers
+
+    def __init__(self, message):
+        self.names, self.hold, self.held = message["report"], message["hold"], None
+
+    def moved(self):
+        return False
+
+    def let_go(self):
+        self.held = None
+
+    def load(self, model, out):
+        """Writes nothing where the model holds something else than what is asked for: the sender then asks SGLang."""
+        held = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if ".lora_" not in name}
+        if held.keys() == set(self.names):
+            digests = _tiles if out.is_cuda else _sha256
+            out.copy_(digests([held[name].detach() for name in self.names]))
+        if self.hold:
+            self.held = out
+
+
+def _tiles(tensors):
+    from skyrl_tiles import words
+    from skyrl_tiles.kernel import sums_of_runs
+
+    return sums_of_runs([words(tensor) for tensor in tensors])
+
+
+def _sha256(tensors):
+    hashes = [hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()) for tensor in tensors]
+    return torch.tensor([int.from_bytes(each.digest()[:8], "big", signed=True) for each in hashes])
 
 
 def _view(flat, dtype, shape, at):

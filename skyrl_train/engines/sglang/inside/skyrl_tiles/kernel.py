@@ -1,4 +1,4 @@
-"""The GPU form of ``digests._sum_of_runs``: one program a run, one launch for any number of tensors."""
+"""The GPU form of ``_sum_of_runs`` in ``weight_sync/digests.py``: one program a run, one launch for all tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from skyrl_train.weight_sync.tile_numbers import MIX, PLACE, RUN, SEEDS, TURN
+from . import MIX, PLACE, RUN, SEEDS, TURN
 
 BLOCK = 1024
 
