@@ -119,18 +119,21 @@ def graph_sizes(options: argparse.Namespace) -> list[int]:
 
 def make_prompts(chat: Any, count: int) -> list[Any]:
     """Prompts of PROMPT tokens that share no prefix beyond the template's."""
-    import random
-
     from skyrl_train.types import Prompt
 
-    chance = random.Random(count)
     base = len(chat.prompt_ids([{"role": "user", "content": ""}]))
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    texts = ["".join(chance.choice(letters) for _ in range(PROMPT - base)) for _ in range(count)]
     return [
         Prompt(uid=f"p/{i}", messages=({"role": "user", "content": text},), env_class="rollout_gpu:Nothing")
-        for i, text in enumerate(texts)
+        for i, text in enumerate(make_texts(count, PROMPT - base))
     ]
+
+
+def make_texts(count: int, length: int = PROMPT) -> list[str]:
+    """Of random letters, each a token."""
+    import random
+
+    chance = random.Random(count)
+    return ["".join(chance.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=length)) for _ in range(count)]
 
 
 async def rollout(generator: Any, prompts: list[Any], answer: int) -> float:
@@ -153,7 +156,7 @@ async def client(engine: Any, folder: Path, count: int, options: argparse.Namesp
         "--dataset-name", "random-ids", "--tokenize-prompt", "--random-input-len", str(PROMPT), "--random-output-len",
         str(options.answer), "--random-range-ratio", "1", "--num-prompts", str(count), "--max-concurrency", str(count),
         "--return-logprob", "--disable-stream", "--disable-tqdm", "--model", str(folder), "--tokenizer", str(folder),
-        "--warmup-requests", "0", "--output-file", str(target),
+        "--warmup-requests", "0", "--temperature", "1", "--output-file", str(target),
     ]  # fmt: skip
     key = engine.client._headers["Authorization"].removeprefix("Bearer ")
     environment = os.environ | {"OPENAI_API_KEY": key, "PYTHONSAFEPATH": "1"}
@@ -170,12 +173,15 @@ async def client(engine: Any, folder: Path, count: int, options: argparse.Namesp
 
 
 def offline(folder: Path, count: int, options: argparse.Namespace) -> float:
-    """The same by ``sglang.bench_offline_throughput``, the engine in its own process."""
-    target = options.work / "offline.jsonl"
+    """The same by ``sglang.benchmark.offline_throughput``, the engine in its own process."""
+    target, texts = options.work / "offline.jsonl", options.work / "conversations.json"
+    texts.write_text(json.dumps([{"conversations": [{"value": text}, {"value": "-"}]} for text in make_texts(count)]))
     target.unlink(missing_ok=True)
     command = [
-        options.engine_python or sys.executable, "-m", "sglang.bench_offline_throughput", "--model-path", str(folder),
-        "--dataset-name", "random", "--random-input-len", str(PROMPT), "--random-output-len", str(options.answer),
+        options.engine_python or sys.executable, "-m", "sglang.benchmark.offline_throughput",
+        "--model-path", str(folder), "--dataset-name", "random", "--dataset-path", str(texts),
+        "--extra-request-body", '{"temperature": 1}',
+        "--random-input-len", str(PROMPT), "--random-output-len", str(options.answer),
         "--random-range-ratio", "1", "--num-prompts", str(count), "--return-logprob", "--result-filename", str(target),
         "--disable-prefill-cuda-graph", "--max-running-requests", str(count), "--skip-warmup", "--mem-fraction-static",
         str(options.utilization), "--dtype", "bfloat16", "--cuda-graph-bs", *map(str, graph_sizes(options)),
