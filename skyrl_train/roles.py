@@ -109,8 +109,8 @@ class PolicyWithSender(PolicyWorker):
     def weights_pack(self, index: int) -> None:
         self.sender.pack(index)
 
-    def weights_hash(self, index: int) -> None:
-        self.sender.hash(index)
+    async def weights_hash(self, index: int) -> None:
+        await self.sender.hash(index)
 
     def weights_share(
         self, index: int, engine: str, ranks: Sequence[Rank], readers: int, directed: bool

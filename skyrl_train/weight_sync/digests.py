@@ -46,8 +46,8 @@ def tiles(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor
         from skyrl_train.engines.sglang.inside.skyrl_tiles.kernel import sums_of_runs
 
         if dtype == torch.bfloat16 and all(map(_pairs, tensors)):  # converted as they are read
-            return sums_of_runs([tensor.detach().flatten() for tensor in tensors])
-        return sums_of_runs([words(_as(tensor, dtype)) for tensor in tensors])
+            return sums_of_runs(tensors, pairs=True)
+        return sums_of_runs([_as(tensor, dtype) for tensor in tensors])
     arrays = [words(_as(tensor, dtype)).numpy().view(np.uint32) for tensor in tensors]
     return torch.tensor([_sum_of_runs(each) for each in arrays], dtype=torch.int64)
 

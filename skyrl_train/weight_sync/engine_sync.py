@@ -18,8 +18,9 @@ import logging
 import time
 from collections.abc import Awaitable, Mapping
 
+from skyrl_train.engines.faults import EngineRefusedError
 from skyrl_train.engines.pool import EnginePool
-from skyrl_train.engines.sglang.control import PauseMode
+from skyrl_train.engines.sglang.control import HELD, PauseMode
 from skyrl_train.engines.sglang.engine import SGLangEngine
 from skyrl_train.errors import WeightSyncError
 from skyrl_train.learner.residents import Residents
@@ -183,7 +184,7 @@ class EngineSync(WeightSync):
             await self.residents.policy_only()
         await run.each("wake", lambda _, engine: engine.wake_up(["weights"]))
         await run.each("join", self.shipment.open)
-        pause = asyncio.create_task(run.each("pause", lambda _, engine: engine.pause(self._pause_mode(engine))))
+        pause = asyncio.create_task(run.each("pause", self._pause))
         half = Started(self._expected)
         try:
             names = list(run.engines) if self.adapters is None else self.adapters.without_base(run)
@@ -232,11 +233,24 @@ class EngineSync(WeightSync):
 
     # Parts of the transaction.
 
+    async def _pause(self, name: str, engine: SGLangEngine) -> None:
+        if engine.idle and self.shipment.around[name].launched:
+            engine.hold()
+        else:
+            await engine.pause(self._pause_mode(engine))
+
     async def _flush(self, name: str, engine: SGLangEngine) -> None:
-        if engine.paused != "in_place":
-            await engine.flush(wait=0.0 if engine.paused == "retract" else 5.0)  # retracted requests wait with it
-        else:  # what runs keeps its cache, so that cannot be emptied; new requests are kept apart from it
+        if engine.paused == "in_place":  # what runs keeps its cache, so new requests are kept apart from it
             engine.salt = f"skyrl-{time.monotonic_ns()}"
+            return
+        try:
+            await engine.flush(wait=0.0 if engine.paused == "retract" else 5.0)  # retracted requests wait with it
+        except EngineRefusedError as error:
+            if engine.paused != HELD:
+                raise
+            log.warning("%s was thought idle, and is paused now: %s", engine.url, error)
+            await engine.pause("abort")
+            await engine.flush()
 
     @property
     def _probes(self) -> bool:

@@ -99,8 +99,12 @@ class WeightSender:
         with torch.no_grad():
             self._packed[index] = self._now.fill(index)
 
-    def hash(self, index: int) -> None:
-        """Takes the digests of bucket ``index``, once, in the order of the buckets."""
+    async def hash(self, index: int) -> None:
+        """Takes the digests of bucket ``index``, once, in the order of the buckets; on a thread of its own."""
+        await beside("weight-digests", self._hash, index)
+
+    @torch.no_grad()
+    def _hash(self, index: int) -> None:
         if self._digester is not None and self._now is not None:
             names = [spec.name for spec in self._now.buckets[index]]
             self._digester.add(zip(names, self._packed[index][1], strict=False))  # there are none of own memory

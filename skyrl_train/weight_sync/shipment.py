@@ -153,7 +153,6 @@ class Shipment:
         if any(self._links[name].name == "disk" for name in part.engines):
             await self.workers.one(0, "weights_write_config", self._folder.path)
         on_their_way: dict[int, asyncio.Task[Any]] = {}
-        hashed: list[asyncio.Task[Any]] = []
         try:
             buckets = (await self.workers.all("weights_begin", plan))[0]
             for index, bucket in enumerate(buckets):
@@ -170,14 +169,11 @@ class Shipment:
                 detail = f"bucket {index + 1} of {len(buckets)}"
                 send = part.each("send", partial(self._send_bucket, index, bucket), detail=detail, timed=False)
                 on_their_way[index] = asyncio.create_task(send)
-                last = index == len(buckets) - 1
-                if last and then is not None:
-                    then()
-                    await asyncio.sleep(0)  # the workers take it up before the hash, which nobody waits for
-                if plan.digests:
-                    hashed.append(asyncio.create_task(self.workers.all("weights_hash", index)))
-                    if not last:
-                        await _timed(part, "hash", hashed[-1])
+                if index == len(buckets) - 1:
+                    if then is not None:
+                        then()
+                elif plan.digests:
+                    await _timed(part, "hash", self.workers.all("weights_hash", index))
             while on_their_way:
                 await _arrived(part, on_their_way)
             await part.each("send", lambda name, _: self._links[name].finish())
@@ -185,14 +181,15 @@ class Shipment:
         except BaseException:
             for task in on_their_way.values():
                 task.cancel()
-            await asyncio.gather(*on_their_way.values(), *hashed, return_exceptions=True)
-            await self._sent([])
+            await asyncio.gather(*on_their_way.values(), return_exceptions=True)
+            await self.workers.all("weights_end")
             raise
-        return asyncio.create_task(self._sent(hashed))
+        return asyncio.create_task(self._sent(len(buckets) - 1 if plan.digests else None))
 
-    async def _sent(self, hashed: list[asyncio.Task[Any]]) -> Sent:
-        """Frees the buckets, all engines having answered."""
-        await asyncio.gather(*hashed)
+    async def _sent(self, unhashed: int | None) -> Sent:
+        """Frees the buckets, all engines having answered; the last one's digests are taken beside what comes next."""
+        if unhashed is not None:
+            await self.workers.all("weights_hash", unhashed)
         found: list[Sent] = await self.workers.all("weights_end")
         reports = {engine: told for each in found for engine, told in each.reports.items()}
         return Sent(digests=found[0].digests, reports=reports)

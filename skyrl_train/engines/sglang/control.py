@@ -24,6 +24,8 @@ log = logging.getLogger("skyrl.engines.sglang")
 PauseMode = Literal["abort", "in_place", "retract"]
 MEMORY = ("weights", "kv_cache", "cuda_graph")
 """What sleeps and wakes by itself, in the order in which it should wake."""
+HELD = "held"
+"""How an engine is paused of which the server has not been told."""
 SETTLES = 0.01
 """Seconds from an answer until the server knows that it has given it. One that is paused with requests left looks again
 after a whole second."""
@@ -52,6 +54,11 @@ class Control(WeightUpdates):
 
     @property
     def in_flight(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def idle(self) -> bool:
+        """Whether the server has nothing to do that came from here."""
         raise NotImplementedError
 
     async def abort(self, request_ids: Sequence[str] | None = None) -> None:
@@ -129,13 +136,22 @@ class Control(WeightUpdates):
             await asyncio.sleep(self.answered_at + SETTLES - time.monotonic())
         await self._post("/pause_generation", {"mode": mode})
 
+    def hold(self) -> None:
+        """In place of ``pause``, of an idle server that nobody else asks: requests wait on this side, and that is all.
+
+        A ``flush`` that succeeds afterwards says that it was idle.
+        """
+        self.paused = HELD
+        self.running.clear()
+
     async def resume(self, *, admit: bool = True) -> None:
-        """Goes on after ``pause``.
+        """Goes on after ``pause`` or ``hold``.
 
         Args:
             admit: also let requests go to the server again; False leaves that to ``admit``.
         """
-        await self._post("/continue_generation", {})
+        if self.paused != HELD:
+            await self._post("/continue_generation", {})
         if admit:
             self.admit()
 

@@ -103,6 +103,10 @@ class SGLangEngine(Control, Engine):
         """Samples that have not come back."""
         return sum(map(len, self._flights.values()))
 
+    @property
+    def idle(self) -> bool:
+        return not self._flights and not self._background
+
     async def generate(self, request: Request) -> list[Completion]:
         """See ``Engine.generate``.
 

@@ -144,10 +144,9 @@ class _Report:
 
 
 def _tiles(tensors):
-    from skyrl_tiles import words
     from skyrl_tiles.kernel import sums_of_runs
 
-    return sums_of_runs([words(tensor) for tensor in tensors])
+    return sums_of_runs(tensors)
 
 
 def _sha256(tensors):

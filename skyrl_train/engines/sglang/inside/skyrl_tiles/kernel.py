@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from . import MIX, PLACE, RUN, SEEDS, TURN
+from . import MIX, PLACE, RUN, SEEDS, TURN, words
 
 BLOCK = 1024
 
@@ -73,24 +74,38 @@ def _runs(
     tl.atomic_add(out + owner, ((one << 32) | two).to(tl.int64, bitcast=True))
 
 
-def sums_of_runs(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum over the runs of each of N tensors, contiguous on one GPU: ``[N]`` int64 there.
+def sums_of_runs(tensors: Sequence[Tensor], *, pairs: bool = False) -> Tensor:
+    """The sum over the runs of each of N tensors on one GPU: ``[N]`` int64 there.
 
-    They are int32 words; or float32, pairs of which become words of two bfloat16. The kernel is told of them by a table
-    of ``[3, N]`` numbers: address, words, and the number of the first run.
+    Args:
+        pairs: they are float32, and pairs of numbers become words of two bfloat16.
     """
-    device, count = tensors[0].device, len(tensors)
-    pairs = tensors[0].dtype == torch.float32
-    words = [tensor.numel() // 2 if pairs else tensor.numel() for tensor in tensors]
-    out = torch.zeros(count, dtype=torch.int64, device=device)
-    runs = np.array([-(-number // RUN) for number in words], dtype=np.int64)
-    first = np.cumsum(runs) - runs
-    rows = [[tensor.data_ptr() for tensor in tensors], words, first]
-    table = torch.from_numpy(np.array(rows, dtype=np.int64)).to(device)
-    owners = torch.from_numpy(np.repeat(np.arange(count, dtype=np.int32), runs)).to(device)
-    if len(owners):
+    device = tensors[0].device
+    kept = [tensor if _as_words(tensor) else words(tensor) for tensor in tensors]
+    size = 8 if pairs else 4
+    found = _table(device, tuple((tensor.data_ptr(), tensor.nbytes // size) for tensor in kept))
+    out = torch.zeros(len(kept), dtype=torch.int64, device=device)
+    if len(found[1]):
         with torch.cuda.device(device):
-            _runs[(len(owners),)](  # pyright: ignore
-                table, owners, out, count, pairs, *SEEDS, *PLACE, *TURN, *MIX, RUN, BLOCK, num_warps=8
+            _runs[(len(found[1]),)](  # pyright: ignore
+                *found, out, len(kept), pairs, *SEEDS, *PLACE, *TURN, *MIX, RUN, BLOCK, num_warps=8
             )
     return out
+
+
+def _as_words(tensor: Tensor) -> bool:
+    """Whether its memory can be read as 32-bit words where it is."""
+    return tensor.is_contiguous() and tensor.nbytes % 4 == 0 and tensor.data_ptr() % 4 == 0
+
+
+@lru_cache(maxsize=8)
+def _table(device: torch.device, places: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
+    """What the kernel is told: ``[3, N]`` address, words and number of the first run, and each run's tensor.
+
+    Args:
+        places: address and words of each tensor.
+    """
+    addresses, counts = np.array(places, dtype=np.int64).T
+    runs = -(-counts // RUN)
+    table = torch.from_numpy(np.stack([addresses, counts, np.cumsum(runs) - runs])).to(device)
+    return table, torch.from_numpy(np.repeat(np.arange(len(places), dtype=np.int32), runs)).to(device)
