@@ -37,6 +37,7 @@ ONE_FILE = {
     "vllm": "(nowhere: it is a server)",
     "hydra": "config/door.py",
 }
+INSIDE = "engines/sglang/inside/skyrl_tiles/"
 WITHOUT_TORCH = ("types", "errors", "config", "data", "envs")
 
 
@@ -73,6 +74,8 @@ def imports_of(file: Path) -> Iterator[Import]:
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
+            if name.startswith(INSIDE):  # there the package has another name
+                continue
             assert node.level == 0, f"{name}:{node.lineno}: write the whole name of the module"
             modules = [f"{node.module}.{alias.name}" if node.module == PACKAGE.name else str(node.module)
                        for alias in node.names]  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from engines.contract import PROMPT, Rig, ask, one
 
 from skyrl_train.engines.sglang.engine import SGLangEngine
-from skyrl_train.engines.sglang.payloads import LOADER, unpack
+from skyrl_train.engines.sglang.payloads import LOADER
 from skyrl_train.errors import EngineError, WeightSyncError
 from skyrl_train.learner import model_worker
 from skyrl_train.models.sharding import reshard
@@ -162,53 +162,6 @@ class BucketDropped(EngineSync):
 
         self.shipment._send_bucket = drop  # type: ignore[method-assign]
         return await super()._deliver(engines, version)
-
-
-@pytest.mark.parametrize("own", [True, False])
-def test_our_loaders_word_is_taken_once_it_agreed_with_sglangs(
-    sglang_server, sglang_model: Rig, own: bool, monkeypatch, caplog
-) -> None:
-    """And what differs by one unit is found by it too; then SGLang is asked again."""
-    monkeypatch.setattr(model_worker, "SHARD_ALONE", own)
-    name = "model.layers.1.mlp.up_proj.weight"
-
-    async def main() -> None:
-        async with syncing(sglang_model.folder, {"e": attach_to(sglang_server)}) as here:
-            engine, asked, phases, spoilt = here.engines["e"], [], [], []
-            checker, finish, send = engine.weights_checksum, here.sync._finish, here.sync.shipment._send_bucket
-
-            async def ask_sglang() -> dict[str, Any]:
-                asked.append(await checker())
-                return asked[-1]
-
-            async def then_finish(run, version) -> None:  # type: ignore[no-untyped-def]
-                phases.append(set(run.seconds))
-                await finish(run, version)
-
-            async def spoil(index, bucket, *to) -> None:  # type: ignore[no-untyped-def]
-                """Once, the engine reads other bytes than those of the digests."""
-                names = [spec.name for spec in bucket]
-                if spoilt or name not in names:
-                    return await send(index, bucket, *to)
-                await asyncio.sleep(0.5)  # the digests are taken meanwhile
-                tensor = unpack(bucket, here.policy.sender._alive[index][0])[names.index(name)]
-                spoilt.append(tensor.view(-1).view(torch.int32)[7].add_(1))
-                await send(index, bucket, *to)
-
-            monkeypatch.setattr(engine, "weights_checksum", ask_sglang)
-            monkeypatch.setattr(here.sync, "_finish", then_finish)
-            for number in (1, 2, 3):
-                here.change_policy()
-                await here.sync.sync(number)
-                assert len(asked) == 1 and ("prove" in phases[-1]) == (number == 1), "then it is compared last"
-            assert here.sync.shipment._digests.taken[engine] == 2
-            monkeypatch.setattr(here.sync.shipment, "_send_bucket", spoil)
-            await here.sync.sync(4)
-            assert len(asked) == 2 and not here.pool.quarantined(), "sent once more, and SGLang asked"
-            assert "1 of" in caplog.text and "model.layers.1.mlp.gate_up_proj.weight on rank 0" in caplog.text
-            assert await here.answers_as_the_policy(engine)
-
-    run(main)
 
 
 class CacheNotFlushed(EngineSync):
