@@ -123,16 +123,20 @@ def test_it_tells_what_the_model_holds(adapter: bool) -> None:
     assert told(out, "sha256") == [digest(found[name], "sha256") for name in names], "of any number format"
 
 
-@pytest.mark.parametrize("fault", ["more", "less"])
-def test_it_tells_nothing_of_a_model_that_is_another(fault: str) -> None:
+@pytest.mark.parametrize("fault", ["more", "less", "broken"])
+def test_it_tells_nothing_of_a_model_that_is_another(fault: str, caplog: pytest.LogCaptureFixture) -> None:
     model, names = Held(Rank()), list(LAYOUT.parts)
     out = torch.zeros(len(names), dtype=torch.int64)
     if fault == "more":
         model.more = nn.Parameter(torch.zeros(3))
-    else:
+    elif fault == "less":
         del model.model.norm.weight
-    skyrl_loader.load(model, [(question(names), out)])
-    assert told(out, "sha256") is None
+    else:
+        out = torch.zeros(len(names) - 1, dtype=torch.int64)
+    for _ in range(2):
+        skyrl_loader.load(model, [(question(names), out)])
+        assert told(out, "sha256") is None
+    assert caplog.text.count("SGLang is asked for them") == (fault == "broken")
 
 
 def test_memory_that_has_moved_is_found_again() -> None:
