@@ -100,6 +100,7 @@ async def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
             ratio = round(max(streamed) / max(theirs), 3)
             found = {"ours": max(streamed), "sglang_client": max(theirs), "ratio_to_client": ratio}
             found |= {"ours_without_streams": max(ours)} if ours else {}
+            found["runs"] = {"ours": streamed, "ours_without_streams": ours, "sglang_client": theirs}
             result[f"{count} in flight"] = found
             print(size, count, found, flush=True)
             if options.out:  # a run that is cut short keeps what it has
