@@ -74,7 +74,7 @@ def imports_of(file: Path) -> Iterator[Import]:
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            if name.startswith(INSIDE):  # there the package has another name
+            if node.level == 1 and name.startswith(INSIDE):  # inside a server the package has another name
                 continue
             assert node.level == 0, f"{name}:{node.lineno}: write the whole name of the module"
             modules = [f"{node.module}.{alias.name}" if node.module == PACKAGE.name else str(node.module)

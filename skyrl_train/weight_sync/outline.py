@@ -87,6 +87,8 @@ class Outline:
         self._directions: dict[Rank, list[list[bytes]]] = {}
         self._names: dict[Rank, list[str]] = {}
         """What each rank of the directions holds."""
+        self._questions: dict[Rank, bytes] = {}
+        """What asks each of them for the digests of that."""
         self._answers: dict[str, dict[Rank, Tensor]] = {}
         """By engine, ``[N]`` int64 for each rank: there its loader writes the digests of what it holds."""
 
@@ -138,17 +140,17 @@ class Outline:
             )
             runs = [[bucket for bucket, _ in self.own]] if self.own else [[bucket] for bucket in self.buckets]
             self._directions[rank] = [list(map(tell, each)) for each in runs]
-            self._names[rank] = list(totals)
+            self._names[rank], self._questions[rank] = list(totals), question(totals, hold=self.plan.hold)
         return self._directions[rank][index]
 
     def ask(self, engine: str, rank: Rank) -> tuple[bytes, Tensor]:
         """What asks a rank, which has had ``directions``, for the digests of all it holds, and where it answers."""
-        answers, names = self._answers.setdefault(engine, {}), self._names[rank]
+        answers = self._answers.setdefault(engine, {})
         if rank not in answers:
-            answers[rank] = torch.zeros(len(names), dtype=torch.int64, device=self.plan.device)
+            answers[rank] = torch.zeros(len(self._names[rank]), dtype=torch.int64, device=self.plan.device)
             if answers[rank].is_cuda:
                 torch.cuda.current_stream().synchronize()
-        return question(names, hold=self.plan.hold), answers[rank]
+        return self._questions[rank], answers[rank]
 
     def forget_answers(self) -> None:
         """Those of the last sync, before anybody is told where to write the next."""

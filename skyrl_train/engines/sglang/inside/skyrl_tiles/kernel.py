@@ -83,12 +83,12 @@ def sums_of_runs(tensors: Sequence[Tensor], *, pairs: bool = False) -> Tensor:
     device = tensors[0].device
     kept = [tensor if _as_words(tensor) else words(tensor) for tensor in tensors]
     size = 8 if pairs else 4
-    found = _table(device, tuple((tensor.data_ptr(), tensor.nbytes // size) for tensor in kept))
+    table, owners = _tables(device, tuple((tensor.data_ptr(), tensor.nbytes // size) for tensor in kept))
     out = torch.zeros(len(kept), dtype=torch.int64, device=device)
-    if len(found[1]):
+    if len(owners):
         with torch.cuda.device(device):
-            _runs[(len(found[1]),)](  # pyright: ignore
-                *found, out, len(kept), pairs, *SEEDS, *PLACE, *TURN, *MIX, RUN, BLOCK, num_warps=8
+            _runs[(len(owners),)](  # pyright: ignore
+                table, owners, out, len(kept), pairs, *SEEDS, *PLACE, *TURN, *MIX, RUN, BLOCK, num_warps=8
             )
     return out
 
@@ -99,7 +99,7 @@ def _as_words(tensor: Tensor) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _table(device: torch.device, places: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
+def _tables(device: torch.device, places: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
     """What the kernel is told: ``[3, N]`` address, words and number of the first run, and each run's tensor.
 
     Args:
