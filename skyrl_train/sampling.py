@@ -82,9 +82,9 @@ async def _servers(
     from skyrl_train.roles import PolicyWithSender
     from skyrl_train.weight_sync.engine_sync import EngineSync
     from skyrl_train.weight_sync.group import agree_with_servers
-    from skyrl_train.weight_sync.links import Surroundings
     from skyrl_train.weight_sync.proof import make_rows
     from skyrl_train.weight_sync.recovery import Recovery
+    from skyrl_train.weight_sync.surroundings import Surroundings
 
     generator = config.generator
     agree_with_servers()

@@ -15,9 +15,9 @@ from skyrl_train.engines.faults import EngineRefusedError
 from skyrl_train.engines.sglang.engine import SGLangEngine
 from skyrl_train.runtime.base import Workers
 from skyrl_train.weight_sync.delivery import Delivery
-from skyrl_train.weight_sync.links import Surroundings
 from skyrl_train.weight_sync.proof import Probe, ProofFailed
 from skyrl_train.weight_sync.settings import SyncSettings
+from skyrl_train.weight_sync.surroundings import Surroundings
 
 log = logging.getLogger("skyrl.weight_sync")
 

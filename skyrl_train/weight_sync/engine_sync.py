@@ -30,10 +30,10 @@ from skyrl_train.runtime.local import quick_turns
 from skyrl_train.weight_sync.adapters import AdapterSync
 from skyrl_train.weight_sync.base import WeightSync
 from skyrl_train.weight_sync.delivery import Delivery
-from skyrl_train.weight_sync.links import Surroundings
 from skyrl_train.weight_sync.proof import Probe, ProofFailed, tolerance_for
 from skyrl_train.weight_sync.settings import SyncSettings
 from skyrl_train.weight_sync.shipment import Shipment
+from skyrl_train.weight_sync.surroundings import Surroundings
 
 log = logging.getLogger("skyrl.weight_sync")
 

@@ -12,11 +12,12 @@ from typing import Any
 from skyrl_train.engines.sglang.engine import SGLangEngine
 from skyrl_train.runtime.base import Workers
 from skyrl_train.weight_sync.delivery import Delivery
-from skyrl_train.weight_sync.links import Folder, Link, Surroundings, choose, make
+from skyrl_train.weight_sync.links import Folder, Link, make
 from skyrl_train.weight_sync.outline import SendPlan, Sent
 from skyrl_train.weight_sync.proof import DigestProof, ProofFailed, digest_kind, predictable, ranks_of
 from skyrl_train.weight_sync.sender import AHEAD
 from skyrl_train.weight_sync.settings import SyncSettings
+from skyrl_train.weight_sync.surroundings import Surroundings, choose
 
 log = logging.getLogger("skyrl.weight_sync")
 

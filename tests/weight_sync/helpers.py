@@ -18,8 +18,8 @@ from skyrl_train.models.gather import own_part
 from skyrl_train.roles import PolicyWithSender
 from skyrl_train.runtime.local import LocalWorkers
 from skyrl_train.weight_sync.engine_sync import EngineSync
-from skyrl_train.weight_sync.links import Surroundings
 from skyrl_train.weight_sync.settings import SyncSettings
+from skyrl_train.weight_sync.surroundings import Surroundings
 
 ROWS = (tuple(range(3, 67)), tuple(range(90, 26, -1)))
 HERE = Surroundings(launched=True, same_host=True, same_gpu=False, learner_device="cpu")

@@ -15,7 +15,7 @@ from skyrl_train.engines.sglang.payloads import LOADER
 from skyrl_train.errors import EngineError, WeightSyncError
 from skyrl_train.learner import model_worker
 from skyrl_train.models.sharding import reshard
-from skyrl_train.weight_sync import links
+from skyrl_train.weight_sync import surroundings
 from skyrl_train.weight_sync.engine_sync import EngineSync
 from skyrl_train.weight_sync.proof import ProofFailed
 from weight_sync.helpers import FAR, HERE, attach_to, syncing
@@ -372,9 +372,9 @@ def test_links_are_chosen_by_what_each_server_can_reach() -> None:
         (replace(gpu, endpoints=frozenset()), on_gpu, "auto", "disk"),
     ]  # fmt: skip
     for facts, around, wanted, used in table:
-        assert links.choose(wanted, facts, around) == used, (facts, around, wanted)
+        assert surroundings.choose(wanted, facts, around) == used, (facts, around, wanted)
     for facts, around, wanted in ((cpu, FAR, "nccl"), (cpu, FAR, "ipc"), (gpu, shared, "gloo")):
         with pytest.raises(
             ConfigError, match=rf"weight_sync_backend='{wanted}': cannot reach http://h:1.*Set it to auto"
         ):
-            links.choose(wanted, facts, around)
+            surroundings.choose(wanted, facts, around)

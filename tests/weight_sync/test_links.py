@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from skyrl_train.weight_sync.links import Surroundings
+from skyrl_train.weight_sync.surroundings import Surroundings
 
 CPU = [{"host": host, "device": "cpu", "gpu": None} for host in "ab"]
 GPUS = [{"host": host, "device": "cuda", "gpu": f"{host}{n}"} for host in "ab" for n in range(2)]
