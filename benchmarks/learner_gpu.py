@@ -192,7 +192,7 @@ def scaling(name: str, work: Path, small: bool) -> dict[str, Any]:
     found["ratio"] = found["workers_2"]["tokens_per_s"] / found["workers_1"]["tokens_per_s"]
     found["theory"] = {
         "gathered_bytes": 2 * 2 * weights * each,  # bfloat16, before the forward and the backward pass
-        "reduced_bytes": 4 * weights * each,  # float32; each micro-batch, as gradients stay shards
+        "reduced_bytes": 4 * weights,  # float32; once, as gradients of this size stay whole
     }
     return found
 

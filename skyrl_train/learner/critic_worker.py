@@ -42,7 +42,10 @@ class CriticWorker(LearningWorker):
         trainer = config.trainer
         self.algorithm = trainer.algorithm
         guard = NonFiniteGuard(trainer.max_skipped_updates, ADVICE)
-        self.updater = Updater(self.values_model, trainer.critic.optimizer_config, total_updates, guard, self.ranks)
+        self.updater = Updater(
+            self.values_model, trainer.critic.optimizer_config, total_updates, guard, self.ranks,
+            whole_gradients=trainer.critic.fsdp_config.whole_gradients,
+        )  # fmt: skip
         self.state = TrainingState(self.updater, str(trainer.critic.model.path))
         self.value_loss = resolve("value_loss", self.algorithm.value_loss_type)
 

@@ -45,7 +45,8 @@ class LearningWorker(ModelWorker):
         runs = micro_batches(batch, counts.argsort(descending=True), **self._bounds)
         largest = max(int(counts[run].sum()) for run in runs)
         self.updater.begin()
-        with self.memory_log.phase("update", self.shapes().training(largest, mode)):
+        whole = self.updater.accumulation.whole_bytes if len(runs) > self.ranks.data_size else 0
+        with self.memory_log.phase("update", self.shapes().training(largest, mode, whole)):
             yield
         if self._engines_need_room and self.section.optimizer_config.offload_after_step is not False:
             self.updater.make_room()

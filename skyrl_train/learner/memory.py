@@ -77,16 +77,17 @@ class Shapes:
         """Bytes of a forward pass over so many tokens, weights and all."""
         return self.weights + self.gathered + tokens * self._layer + self._logits(tokens, 1)
 
-    def training(self, tokens: int, kept: str | None) -> int:
+    def training(self, tokens: int, kept: str | None, whole_gradients: int = 0) -> int:
         """Bytes at the peak of an update whose largest micro-batch has so many tokens.
 
         Args:
+            whole_gradients: bytes of gradients that are kept whole between micro-batches.
             kept: "full", "selective" (``gradient_checkpointing_mode``), or None: nothing is recomputed.
         """
         each = {"full": self.hidden, "selective": self.hidden + self.queries}.get(kept or "")
         one = self._layer + (2 * self.inner + self.queries + self.hidden) * self.width
         kept_bytes = self.layers * (each * self.width if each is not None else self._layer)
-        states = self.weights + self.gathered + 12 * self.trained
+        states = self.weights + self.gathered + 12 * self.trained + whole_gradients
         return states + tokens * (kept_bytes + one) + self._logits(tokens, 2)
 
     @property

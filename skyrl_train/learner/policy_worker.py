@@ -42,7 +42,10 @@ class PolicyWorker(LearningWorker, ScoringWorker):
         trainer = config.trainer
         self.algorithm = trainer.algorithm
         guard = NonFiniteGuard(trainer.max_skipped_updates)
-        self.updater = Updater(self.model, trainer.policy.optimizer_config, total_updates, guard, self.ranks)
+        self.updater = Updater(
+            self.model, trainer.policy.optimizer_config, total_updates, guard, self.ranks,
+            whole_gradients=trainer.policy.fsdp_config.whole_gradients,
+        )  # fmt: skip
         self.state = TrainingState(
             self.updater, trainer.policy.model.path, self._adapter(),
             "Set trainer.policy.model.lora as it was, or trainer.resume_mode=none to start anew.",

@@ -30,10 +30,17 @@ class Updater:
     Args:
         model: has the trained parameters, and is put into training mode for the time of an update.
         total_updates: of the whole run, for the schedule.
+        whole_gradients: see ``Accumulation``.
     """
 
     def __init__(
-        self, model: nn.Module, config: OptimizerConfig, total_updates: int, guard: NonFiniteGuard, ranks: Ranks
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        total_updates: int,
+        guard: NonFiniteGuard,
+        ranks: Ranks,
+        whole_gradients: bool | None = None,
     ) -> None:
         self.model, self.guard, self.ranks = model, guard, ranks
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -44,7 +51,7 @@ class Updater:
         """On a CPU, and with ``cpu_offload``, everything is on the host as it is."""
         self.away_between_updates = self.offloads and config.offload_after_step is True
         self.moments = Offload()
-        self._accumulation = Accumulation(model, ranks.size // ranks.shards)
+        self.accumulation = Accumulation(model, ranks.shards, ranks.size // ranks.shards, whole=whole_gradients)
 
     def begin(self) -> None:
         """Before the updates of a step: the moments come back, unless they stay away between updates too."""
@@ -68,7 +75,7 @@ class Updater:
         found: list[tuple[Tensor, dict[str, Tensor], float]] = []
         for i, micro in enumerate(micros):
             loss, metrics, tokens = micro()
-            self._accumulation.before_backward(last=i == len(micros) - 1)
+            self.accumulation.before_backward(last=i == len(micros) - 1)
             # The mean over workers is what a sharded backward pass computes; the weights ask for the sum.
             (loss * self.ranks.size if self.ranks.size > 1 else loss).backward()
             found.append((loss.detach(), metrics, tokens))

@@ -9,6 +9,7 @@ the format in which they were loaded.
 from __future__ import annotations
 
 import functools
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,13 +91,35 @@ def _cpu_mesh(mesh: Any) -> Any:
 class Accumulation:
     """How gradients of several micro-batches add up on a sharded model.
 
-    Shards are reduced after every micro-batch, which is what keeps gradients at the size of a shard. Copies of a shard
-    (``fsdp_size`` below the number of workers) are added up once, after the last.
+    Whole, in float32, on every worker, and reduced to shards once, after the last; or reduced after every micro-batch,
+    which keeps them at the size of a shard. Copies of a shard (``fsdp_size`` below the number of workers) are added
+    up once in any case.
+
+    Args:
+        shards: workers in one group of shards.
+        copies: how many such groups there are.
+        whole: None: where the whole gradients are at most ``SMALL`` of the device's memory.
     """
 
-    def __init__(self, model: nn.Module, copies: int) -> None:
-        self._model: Any = model if copies > 1 and is_sharded(model) else None
+    SMALL = 1 / 20
+
+    def __init__(self, model: nn.Module, shards: int, copies: int, *, whole: bool | None = None) -> None:
+        self._model: Any = model if is_sharded(model) else None
+        self._copies = copies
+        trained = [p for p in model.parameters() if p.requires_grad]
+        size = 4 * sum(p.numel() for p in trained)
+        fits = whole if whole is not None else size <= self.SMALL * _memory_of(trained[0].device)
+        self.whole_bytes = size if self._model is not None and shards > 1 and fits else 0
+        """Of the whole gradients, where they are kept."""
 
     def before_backward(self, *, last: bool) -> None:
-        if self._model is not None:
+        if self.whole_bytes:
+            self._model.set_requires_gradient_sync(last)
+        elif self._model is not None and self._copies > 1:
             self._model.set_requires_all_reduce(last)
+
+
+def _memory_of(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -63,6 +63,11 @@ CASES = {
     "replicated": ("trainer.policy.fsdp_config.fsdp_size=1", "trainer.micro_train_batch_size_per_gpu=1"),
     "kept gathered": ("trainer.policy.fsdp_config.reshard_after_forward=false",),
     "token budget": ("trainer.max_tokens_per_microbatch=24",),
+    "reduced each time": (
+        "trainer.policy.fsdp_config.whole_gradients=false",
+        "trainer.micro_train_batch_size_per_gpu=1",
+    ),
+    "reduced once": ("trainer.policy.fsdp_config.whole_gradients=true", "trainer.micro_train_batch_size_per_gpu=1"),
     "recomputed": ("trainer.gradient_checkpointing=true", "trainer.gradient_checkpointing_mode=full"),
     "attention kept": ("trainer.gradient_checkpointing=true",),
     "adapter": ("trainer.policy.model.lora.rank=4",),
@@ -84,6 +89,35 @@ def test_two_workers_are_one(config, batch, ranks, case, tmp_path) -> None:
     assert files[0].keys() == files[1].keys()
     for name, tensor in files[0].items():
         torch.testing.assert_close(files[1][name], tensor, rtol=0, atol=2e-5)
+
+
+def reduced_bytes(config: Any, batch: Any) -> int:
+    """Of gradients, into this rank's collectives, in one update."""
+    worker = PolicyWorker(config, 10, Place(rank=distributed.get_rank(), size=2))
+    batch.old_logprobs = worker.in_shares(batch, worker.logprobs)
+    taken = 0
+    name = "reduce_scatter_single" if hasattr(distributed, "reduce_scatter_single") else "reduce_scatter_tensor"
+    real = getattr(distributed, name)  # torch 2.13 renamed it
+
+    def counting(*args: Any, **more: Any) -> Any:
+        nonlocal taken
+        taken += max(x.nbytes for x in (*args, *more.values()) if isinstance(x, torch.Tensor))
+        return real(*args, **more)
+
+    setattr(distributed, name, counting)
+    worker.update(batch)
+    setattr(distributed, name, real)
+    return taken
+
+
+def test_gradients_are_exchanged_once_where_there_is_room(config, batch, ranks) -> None:
+    """Four micro-batches: each exchanges what the last alone does otherwise."""
+    found = {}
+    for key in ("null", "true", "false"):
+        more = (f"trainer.policy.fsdp_config.whole_gradients={key}", "trainer.micro_train_batch_size_per_gpu=1")
+        found[key], _ = ranks(reduced_bytes, config(*two(*more)), batch)
+    assert found["null"] == found["true"] > 0
+    assert found["false"] == 4 * found["true"]
 
 
 @pytest.mark.slow  # compiling for a CPU takes a minute
