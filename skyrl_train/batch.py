@@ -54,6 +54,8 @@ class TrainBatch:
     """``[B]``: the score of the prompt's greedy trajectory, where the estimator wants one."""
     correction: Tensor | None = None
     """``[B, T]``: factors of the policy loss, where the gap between engine and learner is corrected."""
+    host: TrainBatch | None = None
+    """Of a batch that was moved to a GPU, the one it was: reading that waits for nothing."""
 
     def __len__(self) -> int:
         return self.response_ids.shape[0]
@@ -65,22 +67,26 @@ class TrainBatch:
 
     def to(self, device: torch.device) -> TrainBatch:
         """The same batch on another device."""
-        return self._map(lambda tensor: tensor.to(device))
+        there = self._map(lambda tensor: onto(tensor, device))
+        return there if device.type == "cpu" else replace(there, host=self.host or self)
 
     def write(self, path: Path) -> None:
         """Writes every tensor into one safetensors file (``trainer.dump_data_batch``)."""
         from safetensors.torch import save_file
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = self._tensors()
         # Copies: one tensor may stand under two names (old_logprobs is rollout_logprobs), which safetensors refuses.
         save_file(
             {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items() if t is not None}, path
         )
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: None if t is None else function(t) for name, t in values.items()})
+        values = {name: None if t is None else function(t) for name, t in self._tensors().items()}
+        return replace(self, **values, host=None)
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "host"}
 
     def prompt(self, row: int) -> list[int]:
         """The prompt's tokens without padding."""
@@ -89,6 +95,13 @@ class TrainBatch:
     def response(self, row: int) -> list[int]:
         """The response's tokens without padding."""
         return self.response_ids[row, : int(self.response_mask[row].sum())].tolist()
+
+
+def onto(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on a device; to a GPU from page-locked memory, so that nobody waits for what it still has to do."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def collate(trajectories: Sequence[Trajectory], pad_token_id: int) -> TrainBatch:

@@ -165,7 +165,7 @@ class PolicyWithSender(PolicyWorker):
         batch = collate([_split_row(row, start) for row in rows], pad_token_id=0).to(self.device)
         body = nullcontext(self.model) if self.streamed is None else self.streamed.of(self.model)
         with self.precision(), body as model, adapter_off(model) if base else nullcontext():
-            values, _ = score(model, batch, temperature=1.0, packed=self.packed, with_entropy=False)
+            values, _ = score(model, batch, temperature=1.0, packed=self.packed, with_entropy=False, split=self.split)
         return values.float().tolist()
 
 

@@ -99,7 +99,7 @@ def test_a_written_batch_reads_back_also_where_two_names_share_a_tensor(trajecto
     path = tmp_path / "batches" / "step_1.safetensors"
     batch.write(path)
     read = load_file(path)
-    assert read.keys() == {*TrainBatch.__dataclass_fields__} - {"ref_logprobs", "correction", "baselines"}
+    assert read.keys() == {*TrainBatch.__dataclass_fields__} - {"ref_logprobs", "correction", "baselines", "host"}
     assert all(tensor.equal(getattr(batch, name)) for name, tensor in read.items())
 
 

@@ -12,7 +12,7 @@ from skyrl_train.algorithms.credit import estimator_mask, written_mask
 from skyrl_train.algorithms.losses import merge_updates
 from skyrl_train.algorithms.reductions import effective_denominator, sequence_mean, weighted_sum
 from skyrl_train.algorithms.table import resolve
-from skyrl_train.batch import TrainBatch
+from skyrl_train.batch import TrainBatch, onto
 from skyrl_train.learner.learning_worker import LearningWorker
 from skyrl_train.learner.minibatches import mini_batches
 from skyrl_train.learner.nonfinite import NonFiniteGuard
@@ -58,7 +58,8 @@ class CriticWorker(LearningWorker):
 
     def values(self, batch: TrainBatch) -> Tensor:
         """The value before each response token, ``[B, T]`` float32 on the CPU, 0 where there is no token."""
-        return self.in_micro_batches(batch, lambda rows: values_of(self.values_model, rows, packed=self.packed))
+        how = {"packed": self.packed, "split": self.split}
+        return self.in_micro_batches(batch, lambda rows: values_of(self.values_model, rows, **how))
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
         """Learns from one step's batch: ``update_epochs_per_batch`` passes, one optimizer step for each mini-batch.
@@ -106,9 +107,9 @@ class CriticWorker(LearningWorker):
         return live & estimator_mask(mini, written_mask(mini), self.algorithm)
 
     def _loss(self, micro: TrainBatch, mask: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        micro, mask, weights = micro.to(self.device), mask.to(self.device), weights.to(self.device)
+        micro, mask, weights = micro.to(self.device), onto(mask, self.device), onto(weights, self.device)
         assert micro.values is not None and micro.returns is not None, "values and credit come before update"
         with self.precision():
-            values = values_of(self.values_model, micro, packed=self.packed)
+            values = values_of(self.values_model, micro, packed=self.packed, split=self.split)
         result = self.value_loss(values, micro.values, micro.returns, mask, self.algorithm)
         return weighted_sum(result.per_token, weights), dict(result.metrics)

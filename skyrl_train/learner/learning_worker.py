@@ -43,7 +43,7 @@ class LearningWorker(ModelWorker):
         mode = trainer.gradient_checkpointing_mode if self.recomputes else None
         counts = token_counts(batch)
         runs = micro_batches(batch, counts.argsort(descending=True), **self._bounds)
-        largest = max(int(counts[run].sum()) for run in runs)
+        largest = max(int(counts[run].sum()) for run in runs) // self.ranks.sequence_parallel
         self.updater.begin()
         whole = self.updater.accumulation.whole_bytes if len(runs) > self.ranks.data_size else 0
         with self.memory_log.phase("update", self.shapes().training(largest, mode, whole)):

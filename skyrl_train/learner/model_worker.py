@@ -19,6 +19,7 @@ from torch import Tensor
 
 from skyrl_train.batch import TrainBatch
 from skyrl_train.config.environ import read_environment
+from skyrl_train.errors import ConfigError
 from skyrl_train.learner.memory import MemoryLog, Shapes
 from skyrl_train.learner.ranks import Ranks
 from skyrl_train.learner.shares import deal, micro_batches, token_counts
@@ -27,6 +28,7 @@ from skyrl_train.models.loading import checkpoint_dtype, load_model, supports_pa
 from skyrl_train.models.offload import Offload, parameters_of
 from skyrl_train.models.recompute import recompute_activations
 from skyrl_train.models.sampled import SampledDistribution
+from skyrl_train.models.sequence_parallel import SequenceSplit
 from skyrl_train.models.sharding import is_on_cpu, reshard, shard
 from skyrl_train.runtime.place import Place
 
@@ -49,7 +51,7 @@ class ModelWorker:
         plain: the model stays whole: something else in this process (an embedded engine) uses its parameters.
 
     Raises:
-        ConfigError: sizes in the config that do not fit the number of workers.
+        ConfigError: sizes in the config that do not fit the number of workers, or the model.
         WorkerError: the other workers did not answer in time.
     """
 
@@ -75,6 +77,7 @@ class ModelWorker:
         )
         self.model.eval()
         self.packed = config.trainer.use_sample_packing and supports_packing(self.model)
+        self.split = self._split()
         self.temperature = config.generator.sampling_params.temperature
         self.sampled = SampledDistribution.of(config)
         self.module = self._assemble()
@@ -86,6 +89,22 @@ class ModelWorker:
             compile_layers(self.model)
         if self.sharded:
             shard(self.module, self.ranks.mesh, self.section.fsdp_config, self.autocast_dtype)
+
+    def _split(self) -> SequenceSplit | None:
+        """The workers that have this one's rows together with it, by all-to-all; None: it has them alone."""
+        parts, key = self.ranks.sequence_parallel, f"trainer.{self.role}.sequence_parallel_size"
+        if parts == 1:
+            return None
+        heads = self.model.config.get_text_config().num_attention_heads
+        if heads % parts:
+            fits = ", ".join(str(n) for n in range(1, heads + 1) if not heads % n and not self.ranks.size % n)
+            raise ConfigError(key, parts, f"does not divide the {heads} attention heads.", f"Set it to one of {fits}.")
+        if not self.packed:
+            raise ConfigError(
+                key, parts, f"needs packed sequences, and {type(self.model).__name__} runs padded here.",
+                "Set it to 1, or trainer.use_sample_packing=true.",
+            )  # fmt: skip
+        return SequenceSplit(self.ranks.sequence_group, self.ranks.part, parts)
 
     def _compiles(self) -> bool:
         """Whether ``torch.compile`` is used: for all models as for the policy."""
@@ -150,12 +169,12 @@ class ModelWorker:
         again = [torch.zeros(1, dtype=torch.long)] * (int(most) - len(runs))
         parts = []
         largest = max((int(token_counts(batch)[run].sum()) for run in runs), default=0)
-        with self.memory_log.phase("scoring", self.shapes().scoring(largest)):
+        with self.memory_log.phase("scoring", self.shapes().scoring(largest // self.ranks.sequence_parallel)):
             for rows in (*runs, *again):
                 with self.precision():
-                    parts.append(forward(batch.select(rows).to(self.device)).float().cpu())
+                    parts.append(forward(batch.select(rows).to(self.device)).float())
         reshard(self.module)
-        return torch.cat(parts[: len(runs)])
+        return torch.cat(parts[: len(runs)]).cpu()
 
     def in_shares(self, batch: TrainBatch, compute: Callable[[TrainBatch], Tensor]) -> Tensor:
         """``compute`` of a batch that every worker has, each worker doing a share; the whole on every worker."""

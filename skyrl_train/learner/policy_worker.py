@@ -13,7 +13,7 @@ from skyrl_train.algorithms.losses_covariance import chooser_of
 from skyrl_train.algorithms.reductions import effective_denominator, token_weights, weighted_sum
 from skyrl_train.algorithms.table import resolve
 from skyrl_train.algorithms.tensors import masked_mean
-from skyrl_train.batch import TrainBatch
+from skyrl_train.batch import TrainBatch, onto
 from skyrl_train.learner.learning_worker import LearningWorker
 from skyrl_train.learner.minibatches import mini_batches
 from skyrl_train.learner.nonfinite import NonFiniteGuard
@@ -149,16 +149,16 @@ class PolicyWorker(LearningWorker, ScoringWorker):
 
     def _loss(self, micro: TrainBatch, weights: Tensor, chosen: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's part of the mini-batch's loss, and its metrics over trained tokens."""
-        micro, weights = micro.to(self.device), weights.to(self.device)
+        micro, weights = micro.to(self.device), onto(weights, self.device)
         assert micro.old_logprobs is not None and micro.advantages is not None
         algorithm, mask = self.algorithm, micro.loss_mask
         with self.precision():
             logprobs, entropy = score(
                 self.model, micro, temperature=self.temperature, packed=self.packed, with_entropy=True,
-                sampled=self.sampled, compiled=self.compiled,
+                sampled=self.sampled, compiled=self.compiled, split=self.split,
             )  # fmt: skip
         assert entropy is not None
-        extra = {} if chosen is None else {"chosen": chosen.to(self.device)}
+        extra = {} if chosen is None else {"chosen": onto(chosen, self.device)}
         result = self.policy_loss(
             logprobs, micro.old_logprobs, micro.advantages, mask, algorithm, micro.rollout_logprobs, **extra
         )

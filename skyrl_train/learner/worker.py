@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,14 +22,16 @@ class ScoringWorker(ModelWorker):
 
     def logprobs(self, batch: TrainBatch) -> Tensor:
         """Log-probs of the response tokens under the distribution sampled from, ``[B, T]`` float32 on the CPU."""
-        options = {"temperature": self.temperature, "packed": self.packed, "sampled": self.sampled}
+        options: dict[str, Any] = {"temperature": self.temperature, "packed": self.packed, "sampled": self.sampled}
+        options["split"] = self.split
         options["compiled"] = self.compiled
         return self.in_micro_batches(batch, lambda rows: score(self.model, rows, with_entropy=False, **options)[0])
 
     def both_logprobs(self, batch: TrainBatch) -> Tensor:
         """Where engines change the distribution: log-probs under the changed one and the plain one, ``[B, 2, T]``."""
         assert self.sampled is not None
-        options = {"temperature": self.temperature, "packed": self.packed, "sampled": self.sampled}
+        options: dict[str, Any] = {"temperature": self.temperature, "packed": self.packed, "sampled": self.sampled}
+        options["split"] = self.split
         return self.in_micro_batches(batch, lambda rows: torch.stack(score_both(self.model, rows, **options), 1))
 
     def export(self, folder: str) -> None:

@@ -15,11 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from skyrl_train.batch import onto
 from skyrl_train.models.recompute import kept
+from skyrl_train.models.sequence_parallel import SequenceSplit
 from skyrl_train.models.varlen import Run, VarlenPlan, gpu_kernel, takes
 
 SHORT = 16
@@ -49,14 +52,23 @@ class PackedPlan:
     Args:
         segments: in the order of the row, which they cover.
         length: tokens of the row.
+        split: the workers that have the row together; None: one has all of it.
     """
 
-    def __init__(self, segments: list[_Segment], length: int, device: torch.device | str) -> None:
-        self.length, self._segments, self._device = length, segments, device
+    def __init__(
+        self, segments: list[_Segment], length: int, device: torch.device | str, split: SequenceSplit | None = None
+    ) -> None:
+        self.length, self._segments, self._device, self._split = length, segments, device, split
         self._masks: dict[tuple[int | None, torch.dtype], list[Tensor]] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None) -> Tensor:
         """See ``models.attention.AttentionPlan``; ``q`` is ``[1, heads, N, head_dim]``."""
+        if self._split is None:
+            return self._attend(q, k, v, scale, window)
+        q, k, v = self._split.by_heads(q, k, v)
+        return self._split.by_tokens(self._attend(q, k, v, scale, window))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         if takes(q, window):
             return self._varlen.attend(q, k, v, scale=scale, window=window)
         blocks = self._blocks
@@ -102,9 +114,9 @@ class _Blocks:
         real = torch.cat([block.real.flatten() for block in blocks])
         back = torch.empty(length, dtype=torch.long)
         back[queries[real]] = real.nonzero().squeeze(1)
-        self.queries, self.back = queries.to(device), back.to(device)
-        self.keys = torch.cat([block.keys.flatten() for block in blocks]).to(device)
-        self.distances = [block.distance.to(device) for block in blocks]
+        self.queries, self.back = onto(queries, device), onto(back, device)
+        self.keys = onto(torch.cat([block.keys.flatten() for block in blocks]), device)
+        self.distances = [onto(block.distance, device) for block in blocks]
 
 
 def _once(attention: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -120,7 +132,7 @@ def _gather(x: Tensor, positions: Tensor, shapes: list[tuple[int, ...]]) -> list
 
 @dataclass(slots=True)
 class Packed:
-    """Sequences packed for one forward pass."""
+    """Sequences packed for one forward pass; of a row that several workers have together, one worker's tokens."""
 
     input_ids: Tensor
     """``[1, N]``."""
@@ -134,10 +146,12 @@ class Packed:
     rows: Tensor
     columns: Tensor
     shape: tuple[int, int]
+    split: SequenceSplit | None = None
 
     def unpack(self, values: Tensor) -> Tensor:
-        """``[M]`` values of response tokens as ``[B, T]``, 0 where there is no token."""
-        return values.new_zeros(self.shape).index_put((self.rows, self.columns), values)
+        """``[M]`` values of response tokens as ``[B, T]``, 0 where there is no token. Every worker gets everyone's."""
+        own = values.new_zeros(self.shape).index_put((self.rows, self.columns), values)
+        return own if self.split is None else self.split.added(own)
 
 
 @dataclass(slots=True)
@@ -149,50 +163,76 @@ class _Segment:
     prefix: tuple[int, int]
 
 
+class _Row:
+    """Grows sequence by sequence."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.segments: list[_Segment] = []
+        self.ids, self.positions, self.index, self.targets = ([np.empty(0, np.int64)] for _ in range(4))
+        self._known: dict[bytes | int, _Segment] = {}
+
+    def add(self, prompt: np.ndarray, response: np.ndarray, name: bytes | int) -> None:
+        """Sequences of one name share the prompt."""
+        head = self._known.get(name)
+        if head is None:
+            head = self._known[name] = self.append(prompt)
+        if len(response):
+            own = self.append(response, (head.start, head.length))
+            self.index += [[head.start + head.length - 1], np.arange(own.start, own.start + own.length - 1)]
+            self.targets.append(response)
+
+    def append(self, ids: np.ndarray, prefix: tuple[int, int] = (0, 0)) -> _Segment:
+        segment = _Segment(self.length, len(ids), prefix)
+        self.segments.append(segment)
+        self.ids.append(ids)
+        self.positions.append(np.arange(prefix[1], prefix[1] + len(ids)))
+        self.length += len(ids)
+        return segment
+
+
 def pack(
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    responses: Sequence[Sequence[int] | np.ndarray],
     *,
     share_prompts: bool = True,
     device: torch.device | str = "cpu",
+    split: SequenceSplit | None = None,
 ) -> Packed:
     """Packs ``B`` sequences, each a prompt (at least one token) and a response, into one row.
 
     Args:
         share_prompts: equal prompts stand in the row once.
+        split: the workers that have the row together. It is filled up so that each has as many tokens.
     """
-    ids: list[int] = []
-    positions: list[int] = []
-    segments: list[_Segment] = []
-    known: dict[tuple[int, ...], _Segment] = {}
-    score_index: list[int] = []
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        name = tuple(prompt) if share_prompts else (row,)
-        head = known.get(name)
-        if head is None:
-            head = known[name] = _Segment(len(ids), len(prompt), (0, 0))
-            segments.append(head)
-            ids += prompt
-            positions += range(len(prompt))
-        start = len(ids)
-        if response:
-            score_index += [head.start + head.length - 1, *range(start, start + len(response) - 1)]
-            segments.append(_Segment(start, len(response), (head.start, head.length)))
-            ids += response
-            positions += range(len(prompt), len(prompt) + len(response))
-    lengths = torch.tensor([len(r) for r in responses])
+    row = _Row()
+    for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        ids = np.asarray(prompt, np.int64)
+        row.add(ids, np.asarray(response, np.int64), ids.tobytes() if share_prompts else number)
+    if split is not None and row.length % split.parts:
+        row.append(np.zeros(-row.length % split.parts, np.int64))
+    lengths = torch.tensor([len(response) for response in responses])
     width = max(1, int(lengths.max()))
-    real = torch.arange(width) < lengths[:, None]
-    rows, columns = real.nonzero(as_tuple=True)
+    ids, positions, index, targets = (
+        torch.from_numpy(np.concatenate(parts)) for parts in (row.ids, row.positions, row.index, row.targets)
+    )
+    scored = index, targets, *(torch.arange(width) < lengths[:, None]).nonzero(as_tuple=True)
+    if split is not None:
+        mine = split.tokens(row.length)
+        ids, positions = ids[mine], positions[mine]
+        own = (index >= mine.start) & (index < mine.stop)
+        scored = index[own] - mine.start, *(x[own] for x in scored[1:])
+    ids, positions, index, targets, rows, columns = (onto(x, device) for x in (ids[None], positions[None], *scored))
     return Packed(
-        input_ids=torch.tensor([ids], device=device),
-        position_ids=torch.tensor([positions], device=device),
-        plan=PackedPlan(segments, len(ids), device),
-        score_index=torch.tensor(score_index, dtype=torch.long, device=device),
-        targets=torch.tensor([token for r in responses for token in r], dtype=torch.long, device=device),
-        rows=rows.to(device),
-        columns=columns.to(device),
+        input_ids=ids,
+        position_ids=positions,
+        plan=PackedPlan(row.segments, row.length, device, split),
+        score_index=index,
+        targets=targets,
+        rows=rows,
+        columns=columns,
         shape=(len(responses), width),
+        split=split,
     )
 
 

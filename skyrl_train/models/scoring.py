@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -15,6 +16,7 @@ from skyrl_train.models.attention import no_mask
 from skyrl_train.models.packing import pack
 from skyrl_train.models.projection import answering, projected_logprobs, worth_it
 from skyrl_train.models.sampled import SampledDistribution, SeenTokens
+from skyrl_train.models.sequence_parallel import SequenceSplit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +41,7 @@ def score(
     with_entropy: bool,
     sampled: SampledDistribution | None = None,
     compiled: bool = False,
+    split: SequenceSplit | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of the response tokens under the distribution that was sampled from, with gradient.
 
@@ -49,21 +52,28 @@ def score(
         with_entropy: also the entropy of each token's distribution, in nats.
         sampled: how the engine changed ``softmax(logits / temperature)``; None: not at all.
         compiled: the work on logits by kernels of ``torch.compile``, where they are many.
+        split: the workers that have the packed row together; each gets all numbers, and its own tokens' gradient.
 
     Returns:
         ``[B, T]`` float32 log-probs and entropy (or None), 0 where ``response_mask`` is 0.
     """
     head = _head(batch, temperature or 1.0, with_entropy, sampled, compiled)
-    logprobs, entropy = _numbers(model, batch, head, packed)[:2]
+    logprobs, entropy = _numbers(model, batch, head, packed, split)[:2]
     assert logprobs is not None
     return logprobs, entropy
 
 
 def score_both(
-    model: PreTrainedModel, batch: TrainBatch, *, temperature: float, packed: bool, sampled: SampledDistribution
+    model: PreTrainedModel,
+    batch: TrainBatch,
+    *,
+    temperature: float,
+    packed: bool,
+    sampled: SampledDistribution,
+    split: SequenceSplit | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs under the distribution that was sampled from, and those that engines report, ``[B, T]`` each."""
-    logprobs, _, plain = _numbers(model, batch, _head(batch, temperature, False, sampled, False), packed)
+    logprobs, _, plain = _numbers(model, batch, _head(batch, temperature, False, sampled, False), packed, split)
     assert logprobs is not None and plain is not None
     return logprobs, plain
 
@@ -98,14 +108,19 @@ def _head(
     return Plain(temperature, with_entropy, compiled) if sampled is None else changed
 
 
-def _numbers(model: PreTrainedModel, batch: TrainBatch, head: Head, packed: bool) -> tuple[Tensor | None, ...]:
+def _numbers(
+    model: PreTrainedModel, batch: TrainBatch, head: Head, packed: bool, split: SequenceSplit | None
+) -> tuple[Tensor | None, ...]:
     """What ``head`` makes of the logits, ``[B, T]`` each, 0 where ``response_mask`` is 0."""
-    found = (_packed if packed else _padded)(model, batch, head)
+    assert packed or split is None, "padded rows are not split"
+    found = _packed(model, batch, head, split) if packed else _padded(model, batch, head)
     return tuple(None if values is None else torch.where(batch.response_mask, values, 0.0) for values in found)
 
 
-def _packed(model: PreTrainedModel, batch: TrainBatch, head: Head) -> tuple[Tensor | None, ...]:
-    packed = pack(*sequences(batch), device=batch.response_ids.device)
+def _packed(
+    model: PreTrainedModel, batch: TrainBatch, head: Head, split: SequenceSplit | None
+) -> tuple[Tensor | None, ...]:
+    packed = pack(*sequences(batch), device=batch.response_ids.device, split=split)
     inputs = {
         "input_ids": packed.input_ids,
         "position_ids": packed.position_ids,
@@ -141,12 +156,14 @@ def _projected(
     return logprobs, entropy if head.with_entropy else None
 
 
-def sequences(batch: TrainBatch) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and responses without padding, in four copies to the CPU: row by row would wait for a GPU each time."""
+def sequences(batch: TrainBatch) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Prompts and responses without padding, as they are on the CPU: to copy them from a GPU is to wait for it."""
+    batch = batch.host or batch
+    prompt_ids, response_ids = batch.prompt_ids.cpu().numpy(), batch.response_ids.cpu().numpy()
     starts = (batch.prompt_ids.shape[1] - batch.prompt_lengths).tolist()
     ends = batch.response_mask.sum(1).tolist()
-    prompts = [row[start:] for row, start in zip(batch.prompt_ids.tolist(), starts, strict=True)]
-    responses = [row[:end] for row, end in zip(batch.response_ids.tolist(), ends, strict=True)]
+    prompts = [row[start:] for row, start in zip(prompt_ids, starts, strict=True)]
+    responses = [row[:end] for row, end in zip(response_ids, ends, strict=True)]
     return prompts, responses
 
 

@@ -15,6 +15,7 @@ from skyrl_train.models.attention import no_mask
 from skyrl_train.models.folders import locate
 from skyrl_train.models.packing import pack
 from skyrl_train.models.scoring import padded_inputs, sequences
+from skyrl_train.models.sequence_parallel import SequenceSplit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,14 +59,15 @@ class ValueModel(nn.Module):
         return getattr(self, self.head_name)(hidden.float()).squeeze(-1).float()
 
 
-def values_of(model: ValueModel, batch: TrainBatch, *, packed: bool) -> Tensor:
+def values_of(model: ValueModel, batch: TrainBatch, *, packed: bool, split: SequenceSplit | None = None) -> Tensor:
     """The value before each response token, ``[B, T]`` float32 with gradient, 0 where ``response_mask`` is 0.
 
     Args:
         packed: no padding, shared prompts once. False runs the padded specification.
+        split: see ``scoring.score``.
     """
     if packed:
-        row = pack(*sequences(batch), device=batch.response_ids.device)
+        row = pack(*sequences(batch), device=batch.response_ids.device, split=split)
         found = model(
             input_ids=row.input_ids,
             position_ids=row.position_ids,

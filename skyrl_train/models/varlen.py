@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from skyrl_train.batch import onto
 from skyrl_train.models.recompute import kept
 
 log = logging.getLogger("skyrl.models")
@@ -118,10 +119,10 @@ class _Short:
         seen = [r.prefix[1] + r.length for r in runs]
         self.max_q, self.max_k = max(r.length for r in runs), max(seen)
         self.cu_q, self.cu_k = (
-            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+            onto(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
             for lengths in ([r.length for r in runs], seen)
         )
-        self.keys = self._places(runs).to(device) if any(r.prefix[1] for r in runs) else None
+        self.keys = onto(self._places(runs), device) if any(r.prefix[1] for r in runs) else None
 
     @staticmethod
     def _places(runs: list[Run]) -> Tensor:

@@ -71,6 +71,9 @@ CASES = {
     "recomputed": ("trainer.gradient_checkpointing=true", "trainer.gradient_checkpointing_mode=full"),
     "attention kept": ("trainer.gradient_checkpointing=true",),
     "adapter": ("trainer.policy.model.lora.rank=4",),
+    "sequences split": ("trainer.micro_train_batch_size_per_gpu=4",),
+    "sequences split, recomputed": ("trainer.gradient_checkpointing=true", "trainer.max_tokens_per_microbatch=24"),
+    "sequences split, adapter": ("trainer.policy.model.lora.rank=4",),
     "padded": ("trainer.use_sample_packing=false",),
 }
 
@@ -79,12 +82,14 @@ CASES = {
 def test_two_workers_are_one(config, batch, ranks, case, tmp_path) -> None:
     more = (*KEEP, *CASES[case])
     one = play(config(*more), copy.deepcopy(batch), str(tmp_path / "one"))
-    both = [pickle.loads(x) for x in ranks(as_rank, config(*two(*more)), batch, str(tmp_path / "two"))]
+    split = ("trainer.policy.sequence_parallel_size=2",) if "split" in case else ()
+    both = [pickle.loads(x) for x in ranks(as_rank, config(*two(*more, *split)), batch, str(tmp_path / "two"))]
     for found in both:
         assert found["facts"]["workers"] == 2 and found["facts"]["sharded"]
         agree(one, found)
     assert both[0]["metrics"] == both[1]["metrics"] and len(both[0]["runs"]) == len(both[1]["runs"])
-    assert sorted(row for found in both for run in found["runs"] for row in run) == list(range(8))
+    rows = sorted(row for found in both for run in found["runs"] for row in run)
+    assert rows == sorted(list(range(8)) * (2 if split else 1))
     files = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     assert files[0].keys() == files[1].keys()
     for name, tensor in files[0].items():
