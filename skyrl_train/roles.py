@@ -97,7 +97,8 @@ class PolicyWithSender(PolicyWorker):
     def _assemble(self) -> torch.nn.Module:
         module = super()._assemble()
         if self.sharded and self.ranks.size == 1 and not self.section.fsdp_config.cpu_offload:
-            self.streamed = Streamed(self.model, self.device, self.autocast_dtype)
+            graphs = self.device.type == "cuda" and self.config.generator.weight_probe_graphs
+            self.streamed = Streamed(self.model, self.device, self.autocast_dtype, graphs=graphs)
         return module
 
     def weights_describe(self) -> dict[str, Any]:
@@ -163,7 +164,8 @@ class PolicyWithSender(PolicyWorker):
             base: of the model without its adapter.
         """
         batch = collate([_split_row(row, start) for row in rows], pad_token_id=0).to(self.device)
-        body = nullcontext(self.model) if self.streamed is None else self.streamed.of(self.model)
+        asked = (tuple(map(tuple, rows)), start, base)
+        body = nullcontext(self.model) if self.streamed is None else self.streamed.of(self.model, asked)
         with self.precision(), body as model, adapter_off(model) if base else nullcontext():
             values, _ = score(model, batch, temperature=1.0, packed=self.packed, with_entropy=False, split=self.split)
         return values.float().tolist()

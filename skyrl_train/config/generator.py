@@ -247,6 +247,10 @@ class GeneratorConfig:
         None, "Largest mean difference of a probe's log-probs; null: 0.001 in float32, 0.1 otherwise.", above=0,
         unit="nats", backends=SERVERS,
     )  # fmt: skip
+    weight_probe_graphs: bool = key(
+        False, "On a GPU, record the learner's half of the probe as CUDA graphs: it is launched in a few milliseconds, "
+        "and a layer's memory in the compute format stays taken.", backends=SERVERS,
+    )  # fmt: skip
     engine_start_timeout: float = key(
         1800.0, "Time until an engine must serve, or answer.", above=0, unit="seconds", backends=SERVERS
     )

@@ -3,13 +3,14 @@
 FSDP2 gathers each layer before it runs and gives it back after it, from Python. On one GPU, for a few short sequences,
 that takes longer than the kernels. Here a second body, the same modules with no memory of their own, uses that of the
 parameters; what has to be converted to the compute format is, a layer at a time, into memory that all layers share.
+On a GPU the layers of a dense model can be recorded as CUDA graphs for inputs that come again (``replayed.py``).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from skyrl_train.models.gather import copy_all, in_place, own_part
+from skyrl_train.models.replayed import Replayed
 from skyrl_train.models.sharding import layers_of, reshard
 
 ALIGNED = 128
@@ -30,9 +32,12 @@ class Streamed:
         model: on any device; its structure is copied, adapter included, and none of its parameters.
         device: where it will run.
         dtype: in which it computes; None: as the parameters are stored.
+        graphs: record layers for inputs that come again.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, dtype: torch.dtype | None, *, graphs: bool = False
+    ) -> None:
         self._dtype = dtype
         empty = {n: nn.Parameter(p.detach().to("meta"), requires_grad=False) for n, p in model.named_parameters()}
         self._body = copy.deepcopy(model, {id(p): empty[n] for n, p in model.named_parameters()}).eval()
@@ -45,17 +50,27 @@ class Streamed:
         self._bound: list[tuple[Tensor, Tensor]] = []
         """What is used, and whose it is."""
         self._hooks: list[Any] = []
+        self._replayed = Replayed(layers_of(self._body)) if graphs and _is_dense(model) else None
+        self._between: Tensor | None = None
+        """What layers are converted into. It stays where graphs read it."""
+        self._fixed: list[Tensor] = []
+        """What layers use as it is."""
 
     @contextmanager
-    def of(self, model: nn.Module) -> Iterator[Any]:
-        """The body, with the parameters that ``model``, by now sharded, has: they must stay as they are meanwhile."""
+    def of(self, model: nn.Module, inputs: Hashable | None = None) -> Iterator[Any]:
+        """The body, with the parameters that ``model``, by now sharded, has: they must stay as they are meanwhile.
+
+        Args:
+            inputs: a name; passes of one name have the same inputs. None: any.
+        """
         if not self._bound or not in_place(self._bound):
             self._bind(model)
         for storage, size in self._memory:
             storage.resize_(size)
         try:
             copy_all(*self._outside)
-            yield self._body
+            with nullcontext() if self._replayed is None else self._replayed.inputs(inputs, self._fixed):
+                yield self._body
         finally:
             for storage, _ in self._memory:
                 storage.resize_(0)
@@ -75,7 +90,10 @@ class Streamed:
         changed = [[name for name in members if self._converts(held[name])] for _, members in layers]
         sizes = [sum(_room(held[name]) for name in members) for members in changed]
         like = next(iter(held.values()))
-        between, outside = (like.new_empty(size, dtype=self._dtype) for size in (max(sizes[:-1]), sizes[-1]))
+        outside = like.new_empty(sizes[-1], dtype=self._dtype)
+        between = self._between
+        if between is None or between.numel() < max(sizes[:-1]):
+            between = like.new_empty(max(sizes[:-1]), dtype=self._dtype)
         self._hooks = []
         for (module, _), members in zip(layers, changed, strict=True):
             sources = [held[name] for name in members]
@@ -86,7 +104,13 @@ class Streamed:
             else:
                 self._hooks.append(module.register_forward_pre_hook(partial(_before, targets, sources)))
         self._use(used)
-        self._memory = [(tensor.untyped_storage(), tensor.nbytes) for tensor in (between, outside)]
+        self._fixed = [used[name] for _, members in layers[:-1] for name in members if used[name] is held[name]]
+        self._memory = [(outside.untyped_storage(), outside.nbytes)]
+        if self._replayed is None:
+            self._memory.insert(0, (between.untyped_storage(), between.nbytes))
+        else:
+            self._replayed.forget()
+            self._between = between
 
     def _use(self, tensors: dict[str, Tensor]) -> None:
         """Gives the body its parameters; tied ones are in several places."""
@@ -97,6 +121,12 @@ class Streamed:
 
     def _converts(self, tensor: Tensor) -> bool:
         return self._dtype is not None and tensor.is_floating_point() and tensor.dtype != self._dtype
+
+
+def _is_dense(model: Any) -> bool:
+    """Whether no layer chooses its kernels by its inputs, as routed experts do."""
+    config = model.config.get_text_config()
+    return not any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 def _before(targets: list[Tensor], sources: list[Tensor], *_: Any) -> None:

@@ -213,3 +213,74 @@ def test_a_checkpoint_written_in_the_background_is_of_the_moment_it_was_taken(fo
     norms = [metrics.pop("policy/grad_norm") for metrics in (went_on, restored)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)  # a backward pass on a GPU adds in no fixed order
     assert went_on == restored
+
+
+@two_gpus
+def test_two_gpus_that_split_sequences_are_one(folder):
+    one = learned(PolicyWorker(config(folder), 10), make_batch())
+    more = ("trainer.policy.sequence_parallel_size=2", "trainer.placement.policy_num_gpus_per_node=2")
+
+    async def run() -> dict[str, Any]:
+        workers = await ProcessWorkers.start(PolicyWorker, config(folder, *more), 10, role="policy", count=2)
+        policy, batch = Policy(workers, parts=2), make_batch()
+        try:
+            batch.old_logprobs = await policy.logprobs(batch)
+            metrics = [await policy.update(batch, 0.0) for _ in range(2)]
+            return {"before": batch.old_logprobs, "metrics": metrics, "after": await policy.logprobs(batch)}
+        finally:
+            await workers.close()
+
+    near(one, asyncio.run(run()), 0.02)
+
+
+def test_a_micro_batch_waits_for_nothing_on_the_gpu(folder):
+    worker, batch = PolicyWorker(config(folder), 10), make_batch()
+    batch.old_logprobs = worker.logprobs(batch)
+    worker.update(batch)
+    weights = batch.loss_mask / batch.loss_mask.sum()
+    worker.model.train()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for rows in worker.training_runs(batch, torch.arange(len(batch))):
+            loss, _, _ = worker._micro(batch, rows, weights, None)
+            loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("lora", [0, 8])
+def test_the_probe_is_replayed_from_recorded_layers(folder, lora):
+    """It equals the pass that is launched kernel by kernel, also of weights that have changed, or come back."""
+    from skyrl_train.roles import PolicyWithSender
+
+    more = ("generator.backend=sglang", "generator.weight_probe_graphs=true", f"trainer.policy.model.lora.rank={lora}")
+    worker, batch = PolicyWithSender(config(folder, *more, "trainer.policy.optimizer_config.lr=1e-2"), 10), make_batch()
+    rows, others = [list(range(100, 140)), list(range(300, 330))], [list(range(500, 520))]
+    assert worker.streamed is not None and worker.streamed._replayed is not None
+    layers = worker.streamed._replayed._layers
+
+    def probe(rows: Any, base: bool) -> Any:
+        return torch.tensor([x for row in worker.weights_probe(rows, 15, base) for x in row])
+
+    def check() -> list[torch.Tensor]:
+        found = []
+        for base in (False, True)[: 2 if lora else 1]:
+            passes = [probe(rows, base) for _ in range(4)]
+            assert all(r.recordings[tuple(map(tuple, rows)), 15, base].graph for r in layers)
+            streamed, worker.streamed = worker.streamed, None
+            plain = probe(rows, base)
+            worker.streamed = streamed
+            assert all(torch.allclose(one, plain, rtol=0, atol=1e-5) for one in passes), (passes, plain)
+            found += [plain, *([probe(others, base)] if not base else [])]
+        return found
+
+    first = check()
+    batch.old_logprobs = worker.logprobs(batch)
+    worker.update(batch)
+    second = check()
+    assert (second[0] - first[0]).abs().max() > 1e-3
+    worker.offload()
+    held = torch.empty(1 << 28, device="cuda")  # what comes back lies elsewhere
+    worker.onload()
+    assert all(torch.equal(one, other) for one, other in zip(check(), second, strict=True))
+    del held
