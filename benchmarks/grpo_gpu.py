@@ -22,6 +22,8 @@ import gpu_models
 
 WORK = ("time/generate", "time/old_logprobs", "time/update")
 SAMPLES = 8
+TOKENS = 32768
+"""Of a micro-batch: fewer leave the GPU waiting for kernels to be launched."""
 
 
 def main() -> None:
@@ -58,6 +60,7 @@ def measure(size: str, options: argparse.Namespace) -> dict[str, Any]:
         "generator.sampling_params.ignore_eos=true", "environment.env_class=grpo_gpu:SumOfLetters",
         f"trainer.train_batch_size={options.prompts}", f"trainer.policy_mini_batch_size={max(options.prompts // 4, 1)}",
         f"trainer.max_steps={options.steps}", "trainer.algorithm.use_kl_loss=false", "trainer.ckpt_interval=-1",
+        f"trainer.max_tokens_per_microbatch={TOKENS}",
         "trainer.hf_save_interval=-1", "trainer.eval_interval=-1", "trainer.eval_before_train=false",
         f"trainer.ckpt_path={run}/checkpoints", f"trainer.export_path={run}/exports", "trainer.logger=[]",
         f"generator.engine_python={options.engine_python or 'null'}", "trainer.placement.runtime=local",
