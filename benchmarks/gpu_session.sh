@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GPU tests and benchmarks in one call; results go to $OUT (default: benchmarks/results/gpu).
 #
-#   benchmarks/gpu_session.sh [stage ...]      tests quickstart embedded learner sync rollout grpo learning attention two
+#   benchmarks/gpu_session.sh [stage ...]      tests quickstart embedded learner launches sync rollout grpo learning attention two
 #
 # All of them, in this order, if none is named; "two" needs two GPUs. Stages on different GPUs may run side by side, by
 # CUDA_VISIBLE_DEVICES. The environment needs torch with CUDA, SGLang, transformers, hydra-core, ray, peft and pytest;
@@ -45,6 +45,8 @@ learner() { # the scenarios that need one GPU
   python3 benchmarks/learner_gpu.py --out "$OUT/learner_gpu.json" --work "$WORK/learner" --only \
     ${LEARNER:-update-0.6B-16k update-0.6B-65k update-4B-lora-16k ragged offload-4B attention}
 }
+
+launches() { python3 benchmarks/launches_gpu.py --sizes 0.6B 4B --work "$WORK/learner" --out "$OUT/launches.json"; }
 
 sync() {
   python3 benchmarks/weight_sync_gpu.py --sizes ${SYNC:-0.6B 4B 8B} --utilization 0.3 --cycles ${CYCLES:-50} --buckets-gb 1 4 \
@@ -90,7 +92,7 @@ fi
 machine="$OUT/machine.txt"
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | tee "$machine"
 python3 -c "import torch, transformers, sglang; print('torch', torch.__version__, 'transformers', transformers.__version__, 'sglang', sglang.__version__)" | tee -a "$machine"
-[ $# -gt 0 ] || set -- tests quickstart embedded learner sync rollout grpo learning attention two
+[ $# -gt 0 ] || set -- tests quickstart embedded learner launches sync rollout grpo learning attention two
 for stage in "$@"; do
   echo "$stage begins ($SECONDS s)" | tee -a "$OUT/progress"
   timeout -k 10 "${LIMIT:-600}" bash benchmarks/gpu_session.sh --stage "$stage" 2>&1 | tee "$OUT/$stage.log"
