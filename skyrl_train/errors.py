@@ -3,7 +3,7 @@
     SkyRLError
     ├── ConfigError        (ValueError)    a key, its value, why it cannot work, what to set
     │   └── NotSupportedError              a valid key whose capability is not there (yet, or with this backend)
-    ├── MissingPackageError (ImportError)  an optional package is needed; says what to install
+    ├── MissingPackageError                an optional package is needed; says what to install (ModuleNotFoundError)
     ├── DataError          (ValueError)    a data file or row
     ├── ModelError         (ValueError)    a model folder, tokenizer or chat template
     ├── EnvError                           an environment broke its contract, raised, or hung
@@ -44,7 +44,7 @@ class NotSupportedError(ConfigError):
     """A well-formed value that asks for a capability which is not available."""
 
 
-class MissingPackageError(SkyRLError, ImportError):
+class MissingPackageError(SkyRLError, ModuleNotFoundError):
     """An optional package is needed and absent."""
 
     def __init__(self, package: str, needed_for: str, install: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyrl_train.config.backend import resolve_backend
+from skyrl_train.config.environ import read_environment
 from skyrl_train.engines.base import Engine
 from skyrl_train.engines.pool import EnginePool
 from skyrl_train.errors import NotSupportedError
@@ -164,7 +165,7 @@ def _settings(config: Config, folder: Path, sleeps: bool) -> Any:
     generator, lora = config.generator, config.trainer.policy.model.lora
     return SyncSettings(
         backend=generator.weight_sync_backend,
-        timeout=generator.weight_sync_timeout,
+        timeout=max(generator.weight_sync_timeout, read_environment().nccl_timeout or 0.0),
         bucket_bytes=int(generator.weight_transfer_threshold_cuda_ipc_GB * (1 << 30)),
         pause_mode=generator.weight_sync_pause_mode,  # pyright: ignore[reportArgumentType] - a choice of the config
         proof=generator.weight_proof,

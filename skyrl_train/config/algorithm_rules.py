@@ -85,8 +85,9 @@ def _kl_and_sampling(config: Config) -> Iterator[ConfigError]:
 def changes_distribution(config: Config) -> bool:
     """Whether training samples from another distribution than ``softmax(logits / temperature)``."""
     params, defaults = config.generator.sampling_params, tree()
+    followed = SCORED if resolve_backend(config) == "embedded" else (n for n in SCORED if n != "repetition_penalty")
     return params.temperature > 0 and any(
-        getattr(params, name) not in (defaults[f"generator.sampling_params.{name}"].default, {}) for name in SCORED
+        getattr(params, name) not in (defaults[f"generator.sampling_params.{name}"].default, {}) for name in followed
     )
 
 
@@ -109,13 +110,6 @@ def _changed_distribution(config: Config) -> Iterator[ConfigError]:
                 "ratio would be right.",
                 f"Remove the key; the learner follows {', '.join(SCORED)}.",
             )  # fmt: skip
-    if params.repetition_penalty != 1.0 and backend != "embedded":
-        yield NotSupportedError(
-            f"{section}.repetition_penalty", params.repetition_penalty,
-            f"which tokens count as repeated is the {backend} server's own affair, and the learner "
-            "cannot know it.",
-            "Remove the key, or use generator.backend=embedded.",
-        )  # fmt: skip
     if changes_distribution(config) and config.trainer.algorithm.old_logprobs == "engine":
         yield ConfigError(
             "trainer.algorithm.old_logprobs", "engine",
@@ -178,6 +172,13 @@ def doubtful(config: Config) -> Iterator[str]:
     yield from _kl_without_effect(config)
     if generator.sampling_params.temperature == 0:
         yield "generator.sampling_params.temperature=0: greedy samples show the policy no alternative."
+    penalty, backend = generator.sampling_params.repetition_penalty, resolve_backend(config)
+    if penalty != 1.0 and backend != "embedded":
+        yield (
+            f"generator.sampling_params.repetition_penalty={penalty:g}: which tokens count as repeated is the "
+            f"{backend} server's own affair, so the learner scores without it, and trains on samples of a distribution "
+            "that is not quite its own. generator.backend=embedded follows it exactly."
+        )
     estimator, alone = algorithm.advantage_estimator, generator.n_samples_per_prompt == 1
     if alone and estimator in LONELY:
         yield (

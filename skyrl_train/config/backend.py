@@ -19,7 +19,12 @@ def resolve_backend(config: Config) -> str:
     if not generator.run_engines_locally:
         return "sglang"
     found = generator.engine_python is not None or find_spec("sglang") is not None
-    return "sglang" if found and config.trainer.device != "cpu" and Path("/dev/nvidiactl").exists() else "embedded"
+    return "sglang" if found and on_gpu(config) else "embedded"
+
+
+def on_gpu(config: Config) -> bool:
+    """Whether a GPU of this machine is meant. Nothing is started on it."""
+    return config.trainer.device != "cpu" and Path("/dev/nvidiactl").exists()
 
 
 def resolve_runtime(config: Config) -> str:

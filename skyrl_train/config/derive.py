@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
+
+from skyrl_train.config.backend import on_gpu, resolve_backend
 
 if TYPE_CHECKING:
     from skyrl_train.config.schema import Config
@@ -13,6 +16,7 @@ TRAIN_TOKENS, FORWARD_TOKENS = 8192, 16384
 def derive(config: Config) -> None:
     """Fills in micro-batch sizes and lengths that follow from others; writes "off", and older names, in one way."""
     trainer, sampling = config.trainer, config.generator.sampling_params
+    _workers(config)
     longest = config.generator.max_input_length + sampling.max_generate_length
     update = trainer.policy_mini_batch_size * config.generator.n_samples_per_prompt
     by_count = trainer.max_tokens_per_microbatch is None
@@ -28,6 +32,23 @@ def derive(config: Config) -> None:
             setattr(trainer, name, -1)
     for params in (sampling, config.generator.eval_sampling_params):
         params.top_k = params.top_k or -1
+
+
+def _workers(config: Config) -> None:
+    """Engines that share the policy's GPUs have whole ones, so there must be enough."""
+    placement, generator = config.trainer.placement, config.generator
+    if placement.policy_num_gpus_per_node is None:
+        started = generator.run_engines_locally and resolve_backend(config) != "embedded"
+        needed = 1
+        if placement.colocate_all and started and on_gpu(config):
+            needed = generator.num_inference_engines * generator.inference_engine_data_parallel_size
+            needed *= (
+                generator.inference_engine_tensor_parallel_size * generator.inference_engine_pipeline_parallel_size
+            )
+        placement.policy_num_gpus_per_node = max(1, math.ceil(needed / placement.policy_num_nodes))
+    for role in ("critic", "ref"):
+        if getattr(placement, f"{role}_num_gpus_per_node") is None:
+            setattr(placement, f"{role}_num_gpus_per_node", placement.policy_num_gpus_per_node)
 
 
 def _algorithm(config: Config) -> None:

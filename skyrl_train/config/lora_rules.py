@@ -22,6 +22,12 @@ def broken(config: Config) -> Iterator[ConfigError]:
             f"Set {lora.rank + 1}.",
         )  # fmt: skip
     generator = config.generator
+    served = generator.engine_init_kwargs.get("max_lora_rank")
+    if generator.enable_lora and isinstance(served, int) and lora.rank > served:
+        yield ConfigError(
+            f"{SECTION}.rank", lora.rank, f"the engines take adapters up to rank {served} "
+            "(generator.engine_init_kwargs.max_lora_rank).", f"Set max_lora_rank={lora.rank}, or remove it.",
+        )  # fmt: skip
     for name in ("sampling_params", "eval_sampling_params"):
         wanted = getattr(generator, name).lora_name
         if wanted is None or resolve_backend(config) != "sglang":

@@ -54,7 +54,11 @@ def _unavailable(config: Config) -> Iterator[ConfigError]:
         if backends and backend not in backends and value != _default(config, leaf):
             setting = f"generator.backend={config.generator.backend}"
             reason = f"means something to {one_of(backends)} only, and this run uses the {backend} engine ({setting})."
-            yield NotSupportedError(leaf.name, value, reason, leaf.key.instead or "Remove the key.")
+            remedy = leaf.key.instead or "Remove the key."
+            if config.generator.backend == "auto":
+                first = backends[0]
+                remedy += f" Or set generator.backend={first} (to install it: uv sync --extra {first})."
+            yield NotSupportedError(leaf.name, value, reason, remedy)
 
 
 def _without_capability(config: Config, leaf: Leaf, value: Any) -> Iterator[ConfigError]:

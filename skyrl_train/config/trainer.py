@@ -34,12 +34,16 @@ class PlacementConfig:
     policy_num_nodes: int = key(1, "Nodes of the policy.", minimum=1)
     critic_num_nodes: int = key(1, "Nodes of the critic.", minimum=1)
     ref_num_nodes: int = key(1, "Nodes of the reference.", minimum=1)
-    policy_num_gpus_per_node: int = key(
-        1, "Workers of the policy on each node, one a GPU; without GPUs, as many processes.", minimum=1,
-        was=4, why="one worker runs on every machine",
+    policy_num_gpus_per_node: int | None = key(
+        None, "Workers of the policy on each node, one a GPU; without GPUs, as many processes. null: as many as the "
+        "engines need that share its GPUs, at least 1.", minimum=1, was=4, why="one worker runs on every machine",
     )  # fmt: skip
-    critic_num_gpus_per_node: int = key(1, "Workers of the critic on each node.", minimum=1, was=4, why="as the policy")
-    ref_num_gpus_per_node: int = key(1, "Workers of the reference on each node.", minimum=1, was=4, why="as the policy")
+    critic_num_gpus_per_node: int | None = key(
+        None, "Workers of the critic on each node; null: as the policy.", minimum=1, was=4, why="as the policy"
+    )
+    ref_num_gpus_per_node: int | None = key(
+        None, "Workers of the reference on each node; null: as the policy.", minimum=1, was=4, why="as the policy"
+    )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -33,7 +33,7 @@ def broken(config: Config) -> Iterator[ConfigError]:
 
 def _divisions(config: Config, role: str) -> Iterator[ConfigError]:
     placement, section = config.trainer.placement, getattr(config.trainer, role)
-    workers = getattr(placement, f"{role}_num_nodes") * getattr(placement, f"{role}_num_gpus_per_node")
+    workers = getattr(placement, f"{role}_num_nodes") * (getattr(placement, f"{role}_num_gpus_per_node") or 1)
     sizes = {"fsdp_config.fsdp_size": section.fsdp_config.fsdp_size}
     sizes["sequence_parallel_size"] = section.sequence_parallel_size
     for name, size in sizes.items():

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from skyrl_train.errors import WorkerError
 from skyrl_train.models.projection import CHUNK
 from skyrl_train.models.sharding import layers_of
 
@@ -108,17 +109,35 @@ class MemoryLog:
 
     @contextmanager
     def phase(self, name: str, predicted: int) -> Iterator[None]:
-        """Measures what runs inside. Of a phase that came before, the larger peak stays."""
+        """Measures what runs inside. Of a phase that came before, the larger peak stays.
+
+        Raises:
+            WorkerError: the GPU's memory is not enough; it says what was predicted, and what to set.
+        """
         gpu = self.device.type == "cuda"
         if gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
-        yield
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise WorkerError(f"{self.device}, {name}: {_too_little(error, predicted)}") from error
         peak = torch.cuda.max_memory_allocated(self.device) if gpu else _resident_peak()
         now = {"predicted_GiB": predicted / GIB, "measured_GiB": peak / GIB}
         if gpu:
             now["reserved_GiB"] = torch.cuda.max_memory_reserved(self.device) / GIB
         before = self.phases.get(name, {})
         self.phases[name] = {key: round(max(value, before.get(key, 0.0)), 3) for key, value in now.items()}
+
+
+def _too_little(error: torch.OutOfMemoryError, predicted: int) -> str:
+    said = str(error).splitlines()[0]
+    return (
+        f"{said} (predicted for this phase: {predicted / GIB:.1f} GiB, without what others hold on this GPU.) Lower "
+        "trainer.max_tokens_per_microbatch, or trainer.micro_train_batch_size_per_gpu and "
+        "trainer.micro_forward_batch_size_per_gpu; set trainer.gradient_checkpointing=true, "
+        "trainer.policy.optimizer_config.offload_after_step=true or trainer.policy.fsdp_config.cpu_offload=true; and "
+        "where engines share the GPU, lower generator.gpu_memory_utilization."
+    )
 
 
 def _local(parameter: Any) -> torch.Tensor:

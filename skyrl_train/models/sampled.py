@@ -60,7 +60,8 @@ class SampledDistribution:
             top_p=params.top_p,
             top_k=params.top_k,
             min_p=params.min_p,
-            repetition_penalty=params.repetition_penalty,
+            # A server counts the tokens of its own completion only, one late, and forgets them when interrupted.
+            repetition_penalty=1.0 if served else params.repetition_penalty,
             logit_bias=tuple(sorted((int(k), v) for k, v in (params.logit_bias or {}).items())),
             # SGLang's kernels renormalise after top-k only where there is a min-p too.
             joint=served and params.min_p == 0,

@@ -185,13 +185,14 @@ def _on_the_policys(config: Config, policy: Sequence[Seat], on_gpu: bool) -> tup
         return tuple(Seat(node=nodes[i * len(nodes) // count], slots=(slots[nodes[0]][0],)) for i in range(count))
     room = sum(len(there) // each for there in slots.values())
     if count > room:
+        fewer = f"Set {ENGINES}={room}, other" if room else "Set smaller"
         raise ConfigError(
             ENGINES, config.generator.num_inference_engines,
             f"{count} engine(s) ask for {each} GPU(s) of one node each (tensor x pipeline parallel size). With "
             f"{SECTION}.colocate_all=true they share the policy's: {len(nodes)} node(s) with "
             f"{len(slots[nodes[0]])} GPU(s) each, room for {room}.",
-            f"Set {ENGINES}={max(room, 1)}, other generator.inference_engine_*_parallel_size, more "
-            f"{SECTION}.policy_num_gpus_per_node, or {SECTION}.colocate_all=false.",
+            f"{fewer} generator.inference_engine_*_parallel_size, more {SECTION}.policy_num_gpus_per_node, or "
+            f"{SECTION}.colocate_all=false.",
         )  # fmt: skip
     seats = []
     for index in range(count):
@@ -204,7 +205,7 @@ def _on_the_policys(config: Config, policy: Sequence[Seat], on_gpu: bool) -> tup
 def workers_of(config: Config, role: str) -> tuple[int, int]:
     """Nodes of "policy", "ref" or "critic", and its workers on each."""
     placement = config.trainer.placement
-    return getattr(placement, f"{role}_num_nodes"), getattr(placement, f"{role}_num_gpus_per_node")
+    return getattr(placement, f"{role}_num_nodes"), getattr(placement, f"{role}_num_gpus_per_node") or 1
 
 
 def engines_of(config: Config) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from skyrl_train.errors import ConfigError, MissingPackageError, WorkerError
@@ -47,7 +48,7 @@ def connect(address: str | None = None) -> None:
         _require_listener(where)
         ray.init(
             address=where,
-            include_dashboard=None if where else False,
+            include_dashboard=None if where or find_spec("aiohttp_cors") else False,  # which ray[default] brings
             log_to_driver=True,
             logging_level=logging.ERROR,
             runtime_env={"env_vars": worker_environment()},

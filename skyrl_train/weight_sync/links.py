@@ -19,7 +19,7 @@ from skyrl_train.engines.faults import EngineRefusedError
 from skyrl_train.engines.sglang.causes import advice
 from skyrl_train.engines.sglang.engine import SGLangEngine
 from skyrl_train.engines.sglang.payloads import LOADER, Bucket
-from skyrl_train.errors import EngineError
+from skyrl_train.errors import EngineError, WeightSyncError
 from skyrl_train.runtime.base import Workers
 from skyrl_train.weight_sync.proof import predictable, ranks_of
 
@@ -175,8 +175,9 @@ class BroadcastLink(Link):
                     await asyncio.wait((asked, own))
             error = asked.exception() if asked.done() and not asked.cancelled() else first.exception()
             remedy = advice(str(error))
-            if remedy and isinstance(error, EngineRefusedError):
-                raise EngineRefusedError(f"{error} -- {remedy}") from error
+            if remedy:
+                known = next((k for k in (EngineRefusedError, WeightSyncError) if isinstance(error, k)), EngineError)
+                raise known(f"{error} -- {remedy}") from error
             raise error or first.exception() or EngineError(f"{self.engine.url}: the broadcast broke off.")
         finally:
             for task in (asked, own):

@@ -197,10 +197,12 @@ BAD: list[tuple[str, str, str]] = [
         "generator.sampling_params.custom_logit_processor",
         "generator.eval_sampling_params.custom_logit_processor is free",
     ),
+    ("generator.enable_lora=true", "generator.enable_lora", "Or set generator.backend=sglang (to install it: uv sync"),
     (
-        "generator.backend=sglang generator.sampling_params.repetition_penalty=1.1",
-        "generator.sampling_params.repetition_penalty",
-        "the learner cannot know it",
+        "generator.backend=sglang generator.enable_lora=true trainer.policy.model.lora.rank=128 "
+        "+generator.engine_init_kwargs.max_lora_rank=64",
+        "trainer.policy.model.lora.rank",
+        "Set max_lora_rank=128",
     ),
     ("trainer.fully_async.max_staleness_steps=1", "trainer.fully_async.max_staleness_steps", "fully asynchronous"),
     ("trainer.flash_attn=true", "trainer.flash_attn", "flash kernel"),
@@ -321,6 +323,10 @@ def test_what_is_missing_has_its_own_type() -> None:
         ("trainer.resume_path=/x", "trainer.resume_path=/x has no effect while trainer.resume_mode=latest"),
         ("trainer.algorithm.max_seq_len=99", "max_seq_len=99 has no effect"),
         ("data.train_data=[mine.parquet]", "left at its default"),
+        (
+            "generator.backend=sglang generator.sampling_params.repetition_penalty=1.1",
+            "repetition_penalty=1.1: which tokens count as repeated is the sglang server's own affair",
+        ),
         ("trainer.policy.model.lora.rank=8", "an adapter needs a larger rate"),
         ("trainer.policy.model.lora.alpha=8", "alpha=8.0 has no effect while trainer.policy.model.lora.rank=0"),
         ("trainer.policy.model.lora.target_modules=[q_proj]", "target_modules=['q_proj'] has no effect"),

@@ -25,7 +25,7 @@ def as_rank(config: Any, batch: Any) -> bytes:
 @pytest.mark.parametrize("changed", ["top_k=5", "repetition_penalty=1.3"])
 def test_a_changed_distribution(config, batch, ranks, changed) -> None:
     """What the engine did to the logits is done to each worker's; penalties look at the whole sequence."""
-    more = ("generator.backend=sglang", f"generator.sampling_params.{changed}")
+    more = ("generator.backend=embedded", f"generator.sampling_params.{changed}")
     one = play(config(*more), copy.deepcopy(batch))
     for found in ranks(as_rank, config(*two(*more, SPLIT)), batch):
         agree(one, pickle.loads(found))

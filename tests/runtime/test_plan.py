@@ -51,8 +51,26 @@ def test_eight_gpus_colocated() -> None:
     plan = planned(EIGHTS[:1], *sized("1x8", critic="1x8"), f"{G}.num_inference_engines=4",
                    f"{G}.inference_engine_tensor_parallel_size=2", roles=ALL)  # fmt: skip
     assert at(plan, "policy") == at(plan, "critic") == [(0, n) for n in range(8)]
-    assert at(plan, "ref") == [(0, 0)]
+    assert at(plan, "ref") == at(plan, "policy"), "as the policy, if nothing is said"
     assert engines(plan) == [(0, (0, 1)), (0, (2, 3)), (0, (4, 5)), (0, (6, 7))]
+
+
+@pytest.mark.parametrize(("sizes", "workers"), [((1, 2, 1), 2), ((1, 2, 2), 4), ((1, 8, 1), 8), ((3, 1, 1), 3)])
+def test_without_a_word_the_policy_has_the_gpus_that_its_engines_need(monkeypatch, sizes, workers) -> None:
+    monkeypatch.setattr("skyrl_train.config.derive.on_gpu", lambda config: True)
+    names = (
+        "num_inference_engines",
+        "inference_engine_tensor_parallel_size",
+        "inference_engine_pipeline_parallel_size",
+    )
+    plan = planned(EIGHTS[:1], *(f"{G}.{name}={size}" for name, size in zip(names, sizes, strict=True)))
+    assert at(plan, "policy") == [(0, gpu) for gpu in range(workers)]
+    assert sum(len(slots) for _, slots in engines(plan)) == workers
+
+
+def test_where_no_engine_has_room_it_is_not_said_to_set_one(monkeypatch) -> None:
+    with pytest.raises(ConfigError, match=r"room for 0\. Set smaller generator\.inference_engine"):
+        planned(EIGHTS[:1], *sized("1x1"), f"{G}.inference_engine_tensor_parallel_size=2")
 
 
 def test_on_two_nodes_each_nodes_engines_lie_on_its_own_learner() -> None:

@@ -67,7 +67,11 @@ KNOWN: list[tuple[str, str]] = [
         "Another process holds memory on one of the server's GPUs. End it, or set other GPUs (CUDA_VISIBLE_DEVICES, "
         "engine_init_kwargs.base_gpu_id).",
     ),
-    (r"NCCL error|ncclInvalidUsage|ncclSystemError", "Set NCCL_DEBUG=INFO and look into the log for the first error."),
+    (
+        r"NCCL error|ncclInvalidUsage|ncclSystemError",
+        "Set NCCL_DEBUG=INFO and look into the log for the first error. Usual causes: a firewall between the nodes, "
+        "other versions of NCCL on them, another network interface (NCCL_SOCKET_IFNAME), or a timeout (NCCL_TIMEOUT).",
+    ),
 ]
 """What is found in a log, and what to do; the first that fits is taken."""
 

@@ -26,6 +26,7 @@ MEMORY = ("weights", "kv_cache", "cuda_graph")
 """What sleeps and wakes by itself, in the order in which it should wake."""
 HELD = "held"
 """How an engine is paused of which the server has not been told."""
+PROFILES = "/tmp/sglang_profile"
 SETTLES = 0.01
 """Seconds from an answer until the server knows that it has given it. One that is paused with requests left looks again
 after a whole second."""
@@ -260,12 +261,17 @@ class Control(WeightUpdates):
     # Profiling.
 
     async def start_profile(self, **options: Any) -> None:
-        """Starts SGLang's profiler. ``options`` are its own: output_dir, num_steps, activities, with_stack, ..."""
+        """Starts SGLang's profiler. ``options`` are its own: num_steps, activities, with_stack, ...
+
+        Args:
+            output_dir: folder for the trace, where the server runs; left out: ``PROFILES``.
+        """
         self._needs("/start_profile", "profiling")
+        options = {"output_dir": PROFILES} | options
         await self._post("/start_profile", options)
 
     async def stop_profile(self) -> None:
-        """Stops it; the trace is written where ``output_dir``, or SGLANG_TORCH_PROFILER_DIR, said."""
+        """Stops it; the trace is written."""
         await self._post("/stop_profile", {}, deadline=max(self.control_timeout, 600.0))
 
     async def _lora(self, path: str, body: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ Everything is awaitable, and belongs to one event loop.
 from __future__ import annotations
 
 import asyncio
+import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -28,6 +29,7 @@ from skyrl_train.engines.sglang.control import PauseMode
 from skyrl_train.engines.sglang.engine import SGLangEngine
 from skyrl_train.engines.sglang.launch import SGLangServer
 from skyrl_train.engines.sglang.options import (
+    LORA_RANK,
     cpu_arguments,
     cpu_variables,
     local_path,
@@ -35,12 +37,20 @@ from skyrl_train.engines.sglang.options import (
     with_user_arguments,
 )
 from skyrl_train.engines.sglang.payloads import GB, Spec, bucket_payloads, pack, plan_buckets
-from skyrl_train.errors import ConfigError, EngineError
+from skyrl_train.errors import ConfigError, EngineError, ModelError
+from skyrl_train.models.loading import checkpoint_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ALIASES = {"max_tokens": "max_new_tokens", "max_generate_length": "max_new_tokens", "min_tokens": "min_new_tokens"}
+log = logging.getLogger("skyrl.engines.sglang")
+
+ALIASES = {
+    "max_tokens": "max_new_tokens",
+    "max_generate_length": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "lora_name": "lora_path",
+}
 """Names that other engines give to the same parameters."""
 OURS = frozenset(field.name for field in fields(SamplingParams)) - {"extra"}
 
@@ -83,6 +93,7 @@ class SGLangInferenceEngine:
         log_file = Path(log) if log else Path(tempfile.mkdtemp(prefix="skyrl-sglang-")) / "engine.log"
         arguments: dict[str, Any] = {
             "model_path": local_path(model_path),
+            "dtype": _dtype(model_path, on_gpu=around.capability is not None),
             "skip_server_warmup": True,
             "incremental_streaming_output": True,
             "log_level": read_environment().sglang_log_level,
@@ -90,17 +101,23 @@ class SGLangInferenceEngine:
         }
         if around.capability is None:
             arguments |= cpu_arguments()
+        else:
+            arguments["enable_memory_saver"] = True  # else sleep frees nothing
+        if server_args.get("enable_lora"):
+            arguments |= {"max_lora_rank": LORA_RANK, "lora_target_modules": ["all"]}
         self.server = SGLangServer(
             with_user_arguments(arguments, server_args, around.capability),
             log=log_file,
             python=python,
-            env=cpu_variables() if around.capability is None else None,
+            env=cpu_variables(None, int(server_args.get("tp_size", 1))) if around.capability is None else None,
             start_timeout=start_timeout,
         )
         self.server.start()
         self._engine: SGLangEngine | None = None
         self._attaching = asyncio.Lock()
         self._updates = 0
+        self._asked: asyncio.Task[None] | None = None
+        """The call that was made last of those that are made at once."""
 
     async def engine(self) -> SGLangEngine:
         """The engine itself, once the server serves."""
@@ -161,11 +178,16 @@ class SGLangInferenceEngine:
             version: what the server reports from now on; None counts on.
 
         Raises:
-            EngineError: the server refused a bucket: its weights are then partly new.
+            EngineError: requests run; or the server refused a bucket: its weights are then partly new.
         """
         engine = await self.engine()
         if not weights:
             raise ConfigError("weights", weights, "is empty.")
+        if engine.in_flight and not engine.paused:
+            raise EngineError(
+                f"{engine.url}: weights cannot change under {engine.in_flight} requests that run. Await them, or call "
+                "pause_generation() before, and continue_generation() after."
+            )
         named = dict(weights)
         facts = engine.facts
         specs = [Spec(name=name, shape=tuple(t.shape), dtype=t.dtype) for name, t in named.items()]
@@ -209,14 +231,30 @@ class SGLangInferenceEngine:
     async def unload_lora_adapter(self, lora_name: str) -> None:
         await (await self.engine()).unload_lora_adapter(lora_name)
 
-    async def start_profile(self, **options: Any) -> None:
-        await (await self.engine()).start_profile(**options)
+    def start_profile(self, **options: Any) -> asyncio.Task[None]:
+        """See ``SGLangEngine.start_profile``. It is asked at once, also where nobody awaits the answer."""
+        return self._at_once("start_profile", **options)
 
-    async def stop_profile(self) -> None:
-        await (await self.engine()).stop_profile()
+    def stop_profile(self) -> asyncio.Task[None]:
+        """Writes the trace. It is asked at once, also where nobody awaits the answer."""
+        return self._at_once("stop_profile")
+
+    def _at_once(self, call: str, **options: Any) -> asyncio.Task[None]:
+        """One after the other, in the order in which they were asked; an error that nobody awaits is logged."""
+
+        async def ask(before: asyncio.Task[None] | None) -> None:
+            if before is not None:
+                await asyncio.wait([before])
+            await getattr(await self.engine(), call)(**options)
+
+        self._asked = asyncio.get_running_loop().create_task(ask(self._asked))
+        self._asked.add_done_callback(partial(_tell_failure, call))
+        return self._asked
 
     async def close(self) -> None:
         """Ends the server."""
+        if self._asked is not None:
+            await asyncio.wait([self._asked])
         if self._engine is not None:
             engine, self._engine = self._engine, None
             await engine.close()
@@ -243,6 +281,20 @@ class SGLangInferenceEngine:
             "response_logprobs": [c.logprobs for c in completions],
             "weight_versions": [c.weight_version for c in completions],
         }
+
+
+def _dtype(model_path: str, *, on_gpu: bool) -> str:
+    """SGLang's "auto" makes float16 of float32."""
+    try:
+        stored = checkpoint_dtype(model_path)
+    except ModelError:  # the server may know better
+        return "auto"
+    return "auto" if stored != "float32" else "bfloat16" if on_gpu else "float32"
+
+
+def _tell_failure(call: str, task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("%s: %s", call, error)
 
 
 def sampling_from(given: Mapping[str, Any] | None) -> SamplingParams:

@@ -48,7 +48,7 @@ def test_the_calls_of_the_faq_and_the_death_of_the_server(sglang_python: str, ri
     async def main() -> None:
         engine = SGLangInferenceEngine(
             tokenizer=rig.tokenizer, model_path=str(rig.folder), python=sglang_python, log=log,
-            device="cpu", dtype="float32", max_total_tokens=8192, max_running_requests=8,
+            device="cpu", max_total_tokens=8192, max_running_requests=8,
         )  # fmt: skip
         async with engine:
             await the_calls(engine, rig, tmp_path)
@@ -85,10 +85,17 @@ async def the_calls(engine: SGLangInferenceEngine, rig: Rig, folder: Path) -> No
         assert answer["response_ids"][0] == plain_greedy(model, PROMPT, 12)
         assert answer["weight_versions"] == [version]
 
-    await engine.start_profile(output_dir=str(folder / "profile"), activities=["CPU"])
+    profiled = folder / "profile"
+    engine.start_profile(output_dir=str(profiled), activities=["CPU"])  # nobody has to await it
     await engine.generate(prompt_token_ids=[PROMPT], sampling_params=greedy)
     await engine.stop_profile()
-    assert list((folder / "profile").rglob("*.json.gz"))
+    assert list(profiled.rglob("*.json.gz"))
+    running = asyncio.create_task(engine.generate(prompt_token_ids=[PROMPT], sampling_params={"max_new_tokens": 900}))
+    await begun(await engine.engine())
+    with pytest.raises(EngineError, match="under 1 requests that run"):
+        await engine.update_named_weights(rig.model.state_dict())
+    await engine.abort_generation()
+    assert len((await running)["response_ids"][0]) < 900
     with pytest.raises(ConfigError, match="without LoRA"):
         await engine.load_lora_adapter(lora_name="my_adapter", lora_path="/path/to/lora")
 
