@@ -30,11 +30,14 @@ class Doors:
         return 0 if self._synced is None else self.version - self._synced
 
     async def enter_generation(self) -> dict[str, float]:
-        """Engines awake, and proven to be on the policy's version, or fewer than ``interval`` steps behind it."""
+        """Engines awake, and proven to be on the policy's version, or fewer than ``interval`` steps behind it.
+
+        An engine that came back meanwhile is not left waiting for the next sync that is due: all get the weights now.
+        """
         if self._synced == self.version:
             return {}
-        if self._synced is not None and self.staleness < self.interval:
-            await self.weight_sync.wake()
+        if self._synced is not None and self.staleness < self.interval and not self.weight_sync.wanted:
+            await self.weight_sync.wake(self.version)
             return {"weight_sync/version": float(self._synced)}
         with self.tracker.phase("weight_sync"):
             metrics = await self.weight_sync.sync(self.version)

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from skyrl_train.engines.base import Completion, Request
 
+GRAMMARS = ("json_schema", "regex", "ebnf", "structural_tag")
+
 
 def split(request: Request) -> list[Request]:
     """One request for each of the ``n`` samples, with ids and seeds of their own.
@@ -25,6 +27,11 @@ def split(request: Request) -> list[Request]:
         )
         for i in range(params.n)
     ]
+
+
+def can_continue(request: Request) -> bool:
+    """Whether it can be carried on in the middle. An engine follows a grammar from its start only."""
+    return not any(request.params.extra.get(name) for name in GRAMMARS)
 
 
 def rest_of(request: Request, done: Completion) -> Request | None:

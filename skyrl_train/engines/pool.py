@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 
 from skyrl_train.engines.base import Capabilities, Completion, Engine, Request
-from skyrl_train.engines.continuation import join, rest_of, split
+from skyrl_train.engines.continuation import can_continue, join, rest_of, split
 from skyrl_train.engines.faults import EngineLostError
 from skyrl_train.errors import EngineError
 
@@ -206,9 +206,11 @@ class EnginePool(Engine):
                 self._stand_up(seat)
             if part is None:
                 continue
-            parts.append(part)
             if part.stop_reason != "abort" or asked in self._aborted:
-                return join(parts)
+                return join([*parts, part])
+            if not can_continue(rest):  # it begins anew
+                continue
+            parts.append(part)
             rest = rest_of(rest, part)
             await asyncio.sleep(0)  # an engine that aborts at once must not keep the others from running
         return replace(join(parts), stop_reason="length")
@@ -220,12 +222,12 @@ class EnginePool(Engine):
             (part,) = await seat.engine.generate(request)
         except EngineLostError as error:
             self.quarantine(seat.name, str(error))
-            if not seat.discard:
-                raise
-            return None
+            if seat.discard or _is_older(error.partial, version):
+                return None
+            raise
         if seat.cause is not None and seat.discard:
             return None
-        if version is not None and part.token_ids and part.weight_version < version:
+        if _is_older(part, version):
             self.quarantine(
                 seat.name,
                 f"it sampled with weight version {part.weight_version} after {version} was committed "
@@ -318,6 +320,11 @@ class EnginePool(Engine):
     def _nobody(self) -> str:
         causes = "; ".join(f"{name}: {cause}" for name, cause in self.quarantined().items())
         return f"no engine serves. {causes}"
+
+
+def _is_older(part: Completion | None, version: int | None) -> bool:
+    """Whether tokens were sampled with weights from before ``version``, which the engine had proven."""
+    return version is not None and part is not None and bool(part.token_ids) and part.weight_version < version
 
 
 def _common(all_of_them: Sequence[Capabilities]) -> Capabilities:

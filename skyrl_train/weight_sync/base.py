@@ -19,8 +19,13 @@ class WeightSync(ABC):
             WeightSyncError: names the phase and the engine.
         """
 
-    async def wake(self) -> None:  # noqa: B027 - optional
-        """Engines that sleep go on with the weights that they have."""
+    @property
+    def wanted(self) -> bool:
+        """Whether an engine waits for the next sync."""
+        return False
+
+    async def wake(self, version: int) -> None:  # noqa: B027 - optional
+        """Engines that sleep go on with the weights that they have; the policy's own are at ``version``."""
 
     async def enter_training(self) -> None:  # noqa: B027 - optional
         """The policy's weights are about to change."""

@@ -22,7 +22,7 @@ from skyrl_train.engines.faults import EngineRefusedError
 from skyrl_train.engines.pool import EnginePool
 from skyrl_train.engines.sglang.control import HELD, PauseMode
 from skyrl_train.engines.sglang.engine import SGLangEngine
-from skyrl_train.errors import WeightSyncError
+from skyrl_train.errors import EngineError, WeightSyncError
 from skyrl_train.learner.residents import Residents
 from skyrl_train.runtime.background import Started
 from skyrl_train.runtime.base import Workers
@@ -75,7 +75,7 @@ class EngineSync(WeightSync):
         self.current: int | None = None
         """The version that the learner's weights are at; None while it learns."""
         self.ready = asyncio.Event()
-        """Set while ``current`` is known: an engine may be brought up."""
+        """Set while the learner leaves room: an engine may be started on its GPUs."""
         self._lock = asyncio.Lock()
 
     async def sync(self, version: int) -> dict[str, float]:
@@ -85,7 +85,7 @@ class EngineSync(WeightSync):
             WeightSyncError: no engine is left, or one failed its proof twice and the run is to stop then.
         """
         async with self._lock:
-            self.pool.version = None
+            self.pool.version = self.current = None  # an engine that comes back while this fails stands by
             engines = self._serving() | self.standing_by
             self.taking_part |= self.standing_by.keys()
             self.standing_by = {}
@@ -95,17 +95,30 @@ class EngineSync(WeightSync):
         moved = self.residents.metrics() if self.residents else {}
         return metrics | moved | {"weight_sync/engines_quarantined": float(len(self.pool.quarantined()))}
 
+    @property
+    def wanted(self) -> bool:
+        """Whether an engine stands by for weights."""
+        return bool(self.standing_by)
+
+    async def make_way(self) -> None:
+        """No engine is left. The learner's models leave the engines' GPUs, so that one can be started there."""
+        async with self._lock:
+            if self.residents:
+                await self.residents.nobody()
+            self.ready.set()
+
     async def bring_up(self, name: str, engine: SGLangEngine) -> bool:
         """Gives one engine, started or attached anew, the current weights, and lets it serve.
 
         Returns:
-            False if the learner is learning: the engine then stands by for the next sync.
+            False if the learner is learning, or others serve a version that it has left behind: the engine then stands
+            by for the next sync.
 
         Raises:
             WeightSyncError: it failed.
         """
         async with self._lock:
-            if self.current is None:
+            if self.current is None or (self.pool.engines() and self.pool.version != self.current):
                 self.standing_by[name] = engine
                 return False
             self.taking_part.add(name)
@@ -121,14 +134,17 @@ class EngineSync(WeightSync):
             self.current = None
             self.ready.clear()
             if self.settings.sleep:
-                run = Delivery(self._serving(), self.pool.version or 0, self.settings.timeout)
+                awake = self._serving() | self.standing_by
+                run = Delivery(awake, self.pool.version or 0, self.settings.timeout)
                 await run.each("sleep", lambda _, engine: engine.sleep(self.settings.sleep_level))
                 for name, error in run.failed.items():
+                    self.standing_by.pop(name, None)
                     self.pool.quarantine(name, str(error))
             if self.residents:
                 await self.residents.everybody()
 
-    async def wake(self) -> None:
+    async def wake(self, version: int) -> None:
+        """See ``WeightSync.wake``. An engine that is lost meanwhile, with none beside it, gets the newer weights."""
         async with self._lock:
             if self.residents:
                 await self.residents.nobody()
@@ -136,6 +152,8 @@ class EngineSync(WeightSync):
             await run.each("wake", lambda _, engine: engine.wake_up())
             for name, error in run.failed.items():
                 self.pool.quarantine(name, str(error))
+            self.current = version
+            self.ready.set()
 
     async def close(self) -> None:
         """Ends the links."""
@@ -183,7 +201,7 @@ class EngineSync(WeightSync):
         if self.residents:
             await self.residents.policy_only()
         await run.each("wake", lambda _, engine: engine.wake_up(["weights"]))
-        await run.each("join", self.shipment.open)
+        await run.each("join", self._join)
         pause = asyncio.create_task(run.each("pause", self._pause))
         half = Started(self._expected)
         try:
@@ -233,6 +251,17 @@ class EngineSync(WeightSync):
 
     # Parts of the transaction.
 
+    async def _join(self, name: str, engine: SGLangEngine) -> None:
+        """A server of somebody else's may be another one by now, to which a call for the old one's group is fatal."""
+        if not self.shipment.around[name].launched and engine.committed is not None:
+            found = await engine.version()
+            if found != engine.committed:
+                raise EngineError(
+                    f"{engine.url}: reports weight version {found}, and {engine.committed} was committed: its owner "
+                    "has started it anew, or somebody else updates it."
+                )
+        await self.shipment.open(name, engine)
+
     async def _pause(self, name: str, engine: SGLangEngine) -> None:
         if engine.idle and self.shipment.around[name].launched:
             engine.hold()
@@ -254,7 +283,9 @@ class EngineSync(WeightSync):
 
     @property
     def _probes(self) -> bool:
-        return self.settings.proof in ("probe", "both") and bool(self.probe_rows)
+        """Of an adapter there are no digests, so the probe alone proves it."""
+        wanted = ("probe", "both") if self.adapters is None else ("probe", "both", "digest")
+        return self.settings.proof in wanted and bool(self.probe_rows)
 
     async def _expected(self) -> list[list[list[float]]]:
         """The learner's log-probs of the probe, and those of its base model where an adapter is synced."""

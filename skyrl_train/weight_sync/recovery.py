@@ -55,6 +55,12 @@ class Recovery(WeightSync):
         """How often each engine was brought back."""
         self.returned: Counter[str] = Counter()
         self._repairs: dict[str, asyncio.Task[None]] = {}
+        self._starting: set[str] = set()
+        """Engines whose repair is past its gate."""
+        self._ended: set[str] = set()
+        """Engines that are given up."""
+        self._fatal: ProofFailed | None = None
+        """What a repair found that is to stop the run."""
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -78,22 +84,42 @@ class Recovery(WeightSync):
             WeightSyncError: none can come back any more.
         """
         while True:
+            self._raise_fatal()
             try:
                 return await self.inner.sync(version) | self.metrics()
             except ProofFailed:
                 raise
             except WeightSyncError as error:
                 log.error("%s", error)
-                while not self.inner.standing_by:
+                await self.inner.make_way()
+                while not self.inner.standing_by or (self.share_memory and self._starting):
                     if self.hopeless():
                         raise
                     await asyncio.sleep(LOOK)
 
-    async def wake(self) -> None:
-        await self.inner.wake()
+    async def wake(self, version: int) -> None:
+        self._raise_fatal()
+        await self.inner.wake(version)
+
+    @property
+    def wanted(self) -> bool:
+        return self.inner.wanted
 
     async def enter_training(self) -> None:
+        """See ``EngineSync.enter_training``. Servers that share the learner's memory have started by then, or ended."""
+        self._raise_fatal()
+        if self.share_memory:
+            self.inner.ready.clear()
+            if starting := [self._repairs[name] for name in self._starting]:
+                log.info("%d engine(s) on the learner's GPUs are being started; training waits for that", len(starting))
+                await asyncio.wait(starting)
+            out = self.pool.quarantined().keys() - self.inner.standing_by.keys()
+            await asyncio.gather(*map(self._end, out))
         await self.inner.enter_training()
+
+    def _raise_fatal(self) -> None:
+        if self._fatal is not None:
+            raise self._fatal
 
     def hopeless(self) -> bool:
         """Whether no engine serves, stands by, or can come back."""
@@ -113,8 +139,13 @@ class Recovery(WeightSync):
             for name in self.pool.quarantined():
                 task = self._repairs.get(name)
                 waits = name in self.inner.standing_by or name in self.inner.taking_part
-                if (task is None or task.done()) and self._may_return(name) and not waits:
+                if waits or not (task is None or task.done()):
+                    continue
+                if self._may_return(name):
                     self._repairs[name] = asyncio.create_task(self._repair(name))
+                elif name not in self._ended:
+                    self._ended.add(name)
+                    self._repairs[name] = asyncio.create_task(self._give_up(name))
             await asyncio.sleep(LOOK)
 
     def _may_return(self, name: str) -> bool:
@@ -126,6 +157,13 @@ class Recovery(WeightSync):
         log.error("engine %s is out: %s", name, cause or self.pool.quarantined().get(name))
         if self.share_memory:
             await self.inner.ready.wait()
+        self._starting.add(name)
+        try:
+            await self._bring_back(name, source)
+        finally:
+            self._starting.discard(name)
+
+    async def _bring_back(self, name: str, source: Source) -> None:
         self.used[name] += 1
         attempt = f"attempt {self.used[name]} of {self.attempts}"
         log.warning("engine %s is %s (%s)", name, "started anew" if source.launched else "attached anew", attempt)
@@ -141,8 +179,20 @@ class Recovery(WeightSync):
             log.error("engine %s did not come back (%s): %s", name, attempt, error)
             if engine is not None:
                 await engine.client.close(final=True)
-        if not self._may_return(name) and name not in self.pool.engines() and name not in self.inner.standing_by:
-            log.error("engine %s is given up: generator.engine_restarts=%d are used up", name, self.attempts)
+            if isinstance(error, ProofFailed) and self.inner.settings.on_proof_failure == "stop":
+                self._fatal = error
+
+    async def _give_up(self, name: str) -> None:
+        log.error(
+            "engine %s is given up: generator.engine_restarts=%d are used up. %s", name, self.attempts,
+            self.pool.quarantined().get(name, ""),
+        )  # fmt: skip
+        await self._end(name)
+
+    async def _end(self, name: str) -> None:
+        """What it has in flight fails at once, and its server, if it is ours, gives its memory back."""
+        await self._forget(name)
+        await self.sources[name].stop()
 
     async def _forget(self, name: str) -> None:
         """Ends what is left of the engine's old self on this side."""

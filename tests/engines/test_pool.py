@@ -194,6 +194,30 @@ def test_what_an_engine_with_old_weights_sampled_is_thrown_away() -> None:
     with_pool(play, Counting(), Counting())
 
 
+def test_what_a_lost_engine_with_old_weights_had_sampled_is_thrown_away_too() -> None:
+    async def play(pool: EnginePool, a: Counting, b: Counting) -> None:
+        await pool.commit_weights(5)
+        a.version = 4
+        (answer,) = await pool.generate(ask("x"))
+        assert counted(answer) and answer.weight_version == 5
+        assert [list(request.prompt_ids) for request in b.seen] == [[0]], "from the start"
+
+    with_pool(play, Counting(dies_after=3), Counting())
+
+
+def test_what_follows_a_grammar_begins_anew() -> None:
+    """An engine follows it from the start of a completion; in the middle it would begin another one."""
+
+    async def play(pool: EnginePool, a: Counting, b: Counting) -> None:
+        await pool.commit_weights(1)
+        constrained = ask("x")
+        constrained.params.extra["regex"] = "[0-9]+"
+        (answer,) = await pool.generate(constrained)
+        assert counted(answer) and [list(request.prompt_ids) for request in b.seen] == [[0]]
+
+    with_pool(play, Counting(dies_after=4), Counting())
+
+
 def test_an_engine_that_does_not_commit_serves_no_more() -> None:
     async def play(pool: EnginePool, a: Counting, b: Counting) -> None:
         a.refuse_commit = True

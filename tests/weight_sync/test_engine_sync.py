@@ -324,12 +324,13 @@ def test_an_adapter_is_synced_alone(sglang_server, sglang_model: Rig) -> None:
     run(main)
 
 
-def test_a_stale_adapter_is_caught(sglang_server, sglang_model: Rig) -> None:
+@pytest.mark.parametrize("proof", ["both", "digest"])  # of an adapter there are no digests: the probe runs all the same
+def test_a_stale_adapter_is_caught(sglang_server, sglang_model: Rig, proof: str) -> None:
     lora = ("trainer.policy.model.lora.rank=8",)
 
     async def main() -> None:
         attach = {"e": attach_to(sglang_server)}
-        async with syncing(sglang_model.folder, attach, overrides=lora, adapters=True) as here:
+        async with syncing(sglang_model.folder, attach, overrides=lora, adapters=True, proof=proof) as here:
             here.change_policy(0.2)
             await here.sync.sync(1)
             assert here.sync.adapters is not None

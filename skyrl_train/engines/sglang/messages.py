@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from skyrl_train.engines.base import Completion, Request, SamplingParams
+from skyrl_train.engines.continuation import GRAMMARS
 from skyrl_train.engines.embedded.checks import check_request
 from skyrl_train.engines.faults import EngineLostError, EngineRefusedError
 from skyrl_train.engines.sglang.facts import UNKNOWN_VERSION, ServerFacts, version_of
 from skyrl_train.errors import EngineError
 
-GRAMMAR = ("json_schema", "regex", "ebnf", "structural_tag")
 BESIDE = ("custom_logit_processor", "lora_path", "extra_key", "priority", "routed_dp_rank", "session_params")
 """Keys of ``SamplingParams.extra`` that SGLang takes beside its sampling parameters."""
-AMONG = (*GRAMMAR, "stop_regex", "custom_params", "stream_interval", "skip_special_tokens")
+AMONG = (*GRAMMARS, "stop_regex", "custom_params", "stream_interval", "skip_special_tokens")
 """Keys that it takes among them. Any other would be answered by a broken connection, as if the server had failed."""
 UNLIMITED = 1 << 60
 CLOSED = 499
@@ -38,7 +38,7 @@ def check(request: Request, facts: ServerFacts) -> None:
         )  # fmt: skip
     except EngineError as error:
         raise EngineRefusedError(str(error)) from None
-    length, used = len(request.prompt_ids), sorted(set(GRAMMAR) & {k for k, v in request.params.extra.items() if v})
+    length, used = len(request.prompt_ids), sorted(set(GRAMMARS) & {k for k, v in request.params.extra.items() if v})
     if facts.max_input is not None and length >= facts.max_input:
         raise EngineRefusedError(
             f"{where}, request {request.id!r}: a prompt of {length} tokens; the server takes fewer than "
@@ -166,6 +166,11 @@ class Answer:
         ids, scored = event["output_ids"], meta.get("output_token_logprobs") or []
         if [entry[1] for entry in scored] != list(ids):
             raise EngineError(f"{self.url}/generate: {len(ids)} tokens came with log-probs of {len(scored)} others.")
+        if any(entry[0] is None for entry in scored):
+            raise EngineError(
+                f"{self.url}/generate: the log-prob of a sampled token is no number. The policy's weights or logits "
+                "are not finite: it has diverged, or generator.model_dtype is too narrow for it."
+            )
         if not self.incremental:
             self.token_ids, self.logprobs = [], []
         self.token_ids += ids

@@ -76,6 +76,10 @@ def test_what_does_not_fit_together_is_an_error() -> None:
     torn["output_ids"] = [5, 7]
     with pytest.raises(EngineError, match="log-probs of"):
         Answer("u").take(torn)
+    diverged = event([5, 6])
+    diverged["meta_info"]["output_token_logprobs"][1] = [None, 6, None]
+    with pytest.raises(EngineError, match="no number.*diverged"):
+        Answer("u").take(diverged)
     with pytest.raises(EngineRefusedError, match="too long"):
         Answer("u").take({"error": {"message": "too long"}})
     with pytest.raises(EngineRefusedError, match="HTTP 400: no"):
