@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -159,6 +160,10 @@ def _check(config: Config, engines: dict[str, SGLangEngine]) -> None:
             )  # fmt: skip
 
 
+def _name(folder: Path) -> str:
+    return f"{folder.name}-{hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:8]}"
+
+
 def _settings(config: Config, folder: Path, sleeps: bool) -> Any:
     from skyrl_train.weight_sync.settings import SyncSettings
 
@@ -176,5 +181,6 @@ def _settings(config: Config, folder: Path, sleeps: bool) -> Any:
         sleep=sleeps,
         sleep_level=1 if config.trainer.weight_sync_interval > 1 else 2,
         adapters=generator.enable_lora and lora.rank > 0,
-        adapter_folder=str(Path(lora.lora_sync_path).expanduser().absolute()),
+        # A folder of this run's: the default is the same for every run on the machine.
+        adapter_folder=str(Path(lora.lora_sync_path).expanduser().absolute() / _name(folder)),
     )

@@ -113,7 +113,7 @@ class GeneratorConfig:
         "auto", "Number format of the engines; auto: the learner's.",
         choices=("auto", "bfloat16", "float16", "float32"),
         backends=SERVERS, instead="Use trainer.bf16.", was="bfloat16",
-        why="the learner's format keeps the log-probs together",
+        why="the learner's format keeps the log-probs together", switch=LOCAL
     )  # fmt: skip
     deterministic: bool = key(
         True,
@@ -156,7 +156,7 @@ class GeneratorConfig:
         reason="every engine here is asynchronous", instead="Remove the key.",
     )  # fmt: skip
 
-    num_inference_engines: int = key(1, "Engines.", minimum=1, backends=SERVERS)
+    num_inference_engines: int = key(1, "Engines.", minimum=1, backends=SERVERS, switch=LOCAL)
     inference_engine_tensor_parallel_size: int = key(
         1,
         "GPUs that split each layer of an engine.",
@@ -164,25 +164,33 @@ class GeneratorConfig:
         backends=SERVERS,
         was=4,
         why="one GPU is what everyone has",
+        switch=LOCAL,
     )
     inference_engine_pipeline_parallel_size: int = key(
-        1, "GPUs that split the layers of an engine.", minimum=1, backends=SERVERS
+        1, "GPUs that split the layers of an engine.", minimum=1, backends=SERVERS, switch=LOCAL
     )
     inference_engine_expert_parallel_size: int = key(
-        1, "GPUs that split the experts of an engine.", minimum=1, backends=SERVERS
+        1, "GPUs that split the experts of an engine.", minimum=1, backends=SERVERS, switch=LOCAL
     )
-    inference_engine_data_parallel_size: int = key(1, "Copies of the model in an engine.", minimum=1, backends=SERVERS)
+    inference_engine_data_parallel_size: int = key(
+        1, "Copies of the model in an engine.", minimum=1, backends=SERVERS, switch=LOCAL
+    )
     max_num_seqs: int = key(1024, "Sequences that an engine decodes at the same time.", minimum=1)
     gpu_memory_utilization: float = key(
-        0.8, "Share of a GPU's memory that an engine takes.", above=0, maximum=1, backends=SERVERS
+        0.8, "Share of a GPU's memory that an engine takes.", above=0, maximum=1, backends=SERVERS, switch=LOCAL
     )
     max_num_batched_tokens: int = key(
-        8192, "Tokens of one engine step at most.", minimum=1, unit="tokens", backends=SERVERS
+        8192, "Tokens of one engine step at most.", minimum=1, unit="tokens", backends=SERVERS, switch=LOCAL
     )
-    enable_prefix_caching: bool = key(True, "Keep the KV cache of shared prefixes.", backends=SERVERS)
-    enable_chunked_prefill: bool = key(True, "Split long prompts over engine steps.", backends=SERVERS)
+    enable_prefix_caching: bool = key(True, "Keep the KV cache of shared prefixes.", backends=SERVERS, switch=LOCAL)
+    enable_chunked_prefill: bool = key(True, "Split long prompts over engine steps.", backends=SERVERS, switch=LOCAL)
     enforce_eager: bool = key(
-        False, "No CUDA graphs.", backends=SERVERS, was=True, why="without CUDA graphs decoding is about half as fast"
+        False,
+        "No CUDA graphs.",
+        backends=SERVERS,
+        was=True,
+        why="without CUDA graphs decoding is about half as fast",
+        switch=LOCAL,
     )
     vllm_v1_disable_multiproc: bool = key(True, "Run vLLM's core in the engine's own process.", backends=VLLM)
     fully_sharded_loras: bool = key(False, "Shard adapters over the engine's GPUs.", backends=VLLM)
@@ -190,7 +198,9 @@ class GeneratorConfig:
         None, "Python of the environment that has the engine; null: the one that runs this.", path=True,
         backends=SERVERS, switch=LOCAL,
     )  # fmt: skip
-    engine_init_kwargs: dict[str, Any] = key({}, "Passed to the engine as its own options.", backends=SERVERS)
+    engine_init_kwargs: dict[str, Any] = key(
+        {}, "Passed to the engine as its own options.", backends=SERVERS, switch=LOCAL
+    )
     enable_lora: bool = key(
         False, "Engines serve adapters. With trainer.policy.model.lora.rank above 0 each weight sync brings the "
         "policy's adapter alone; without, the weights with the adapter's work in them.", backends=SERVERS,

@@ -129,6 +129,18 @@ def _sampling(section: str, params: SamplingConfig) -> Iterator[ConfigError]:
             yield ConfigError(f"{section}.{name}", getattr(params, name), "token ids start at 0.", "Correct the ids.")
 
 
+PLANNED = {
+    name: f"inference_engine_{kind}_parallel_size"
+    for kind, names in {
+        "tensor": ("tp_size", "tensor_parallel_size", "tp"),
+        "pipeline": ("pp_size", "pipeline_parallel_size", "pp"),
+        "expert": ("ep_size", "expert_parallel_size", "ep"),
+    }.items()
+    for name in names
+}
+"""SGLang's arguments that decide how many GPUs a server takes, and our keys for them."""
+
+
 def _engines(config: Config) -> Iterator[ConfigError]:
     generator = config.generator
     if not generator.run_engines_locally and not generator.remote_inference_engine_urls:
@@ -137,6 +149,14 @@ def _engines(config: Config) -> Iterator[ConfigError]:
             "generator.run_engines_locally=false needs the addresses of the engines.",
             'List them, such as ["http://10.0.0.1:8000"].',
         )  # fmt: skip
+    for name, key in PLANNED.items():
+        wanted = generator.engine_init_kwargs.get(name)
+        if generator.run_engines_locally and wanted is not None and wanted != getattr(generator, key):
+            yield ConfigError(
+                f"generator.engine_init_kwargs.{name}", wanted,
+                f"GPUs are planned by generator.{key}={getattr(generator, key)}, and this would go past the plan.",
+                f"Set generator.{key}={wanted} instead.",
+            )  # fmt: skip
     for url in generator.remote_inference_engine_urls:
         if not _ADDRESS.fullmatch(url):
             yield ConfigError(

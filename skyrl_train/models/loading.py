@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -180,6 +181,23 @@ def _override(config: Any, path: str, kwargs: dict[str, Any]) -> None:
         setattr(text, name, value)
     if kwargs and hasattr(text, "validate"):
         text.validate()  # fields that must agree, such as num_hidden_layers and layer_types
+
+
+def changed_rope(path: str, scaling: Mapping[str, Any] | None, theta: float | None) -> dict[str, Any]:
+    """The rotary embedding's parameters of a model's config with these changes.
+
+    Raises:
+        ModelError: there is no config, or no one rotary embedding in it.
+    """
+    from transformers import AutoConfig
+
+    source, options = locate(path)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:  # transformers raises nearly every kind for a bad folder
+        raise ModelError(f"the model '{path}' cannot be read: {why_not(path, error, options)}") from error
+    _override_rope(config, path, dict(scaling or {}), theta)
+    return dict(config.get_text_config().rope_parameters)
 
 
 def _override_rope(config: Any, path: str, scaling: dict[str, Any], theta: float | None) -> None:

@@ -204,6 +204,11 @@ BAD: list[tuple[str, str, str]] = [
         "trainer.policy.model.lora.rank",
         "Set max_lora_rank=128",
     ),
+    (
+        "generator.backend=sglang +generator.engine_init_kwargs.tp_size=2",
+        "generator.engine_init_kwargs.tp_size",
+        "Set generator.inference_engine_tensor_parallel_size=2 instead",
+    ),
     ("trainer.fully_async.max_staleness_steps=1", "trainer.fully_async.max_staleness_steps", "fully asynchronous"),
     ("trainer.flash_attn=true", "trainer.flash_attn", "flash kernel"),
     ("trainer.log_path=/tmp/x", "trainer.log_path", "hydra.run.dir"),
@@ -323,6 +328,11 @@ def test_what_is_missing_has_its_own_type() -> None:
         ("trainer.resume_path=/x", "trainer.resume_path=/x has no effect while trainer.resume_mode=latest"),
         ("trainer.algorithm.max_seq_len=99", "max_seq_len=99 has no effect"),
         ("data.train_data=[mine.parquet]", "left at its default"),
+        (
+            "generator.run_engines_locally=false generator.remote_inference_engine_urls=[h:1] "
+            "generator.enforce_eager=true",
+            "enforce_eager=true has no effect while generator.run_engines_locally=false",
+        ),
         (
             "generator.backend=sglang generator.sampling_params.repetition_penalty=1.1",
             "repetition_penalty=1.1: which tokens count as repeated is the sglang server's own affair",

@@ -16,6 +16,7 @@ from skyrl_train.engines.sglang.attention import Capability, check_attention, ch
 from skyrl_train.engines.sglang.causes import advice
 from skyrl_train.engines.sglang.payloads import LOADER
 from skyrl_train.errors import ConfigError, MissingPackageError
+from skyrl_train.models.loading import changed_rope
 from skyrl_train.runtime.gpus import gpu_capabilities
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def server_arguments(
         "incremental_streaming_output": True,
         "attention_backend": choose_attention(around.capability, around.installed),
         "log_level": variables.sglang_log_level if variables else None,
-        "json_model_override_args": _rope(config),
+        "json_model_override_args": _model_changes(config),
         "custom_weight_loader": [LOADER],
     }
     if on_gpu:
@@ -159,7 +160,7 @@ def command_line(arguments: Mapping[str, Any]) -> list[str]:
         elif isinstance(value, Mapping):
             words += [flag, json.dumps(value)]
         elif isinstance(value, list | tuple):
-            words += [flag, *map(str, value)]
+            words += [flag, *(json.dumps(one) if isinstance(one, Mapping) else str(one) for one in value)]
         else:
             words += [flag, str(value)]
     return words
@@ -210,8 +211,10 @@ def _dtype(config: Config, on_gpu: bool) -> str:
     return "bfloat16" if half else "float32"
 
 
-def _rope(config: Config) -> dict[str, Any] | None:
-    """Changes of the model's rotary embedding, as changes of its config."""
+def _model_changes(config: Config) -> dict[str, Any] | None:
+    """The learner's changes of the model's config, and those of its rotary embedding in the form that SGLang reads."""
     generator = config.generator
-    changes = {"rope_scaling": generator.rope_scaling, "rope_theta": generator.rope_theta}
-    return {name: value for name, value in changes.items() if value is not None} or None
+    changes = dict(config.trainer.policy.model_config_kwargs)
+    if generator.rope_scaling or generator.rope_theta is not None:
+        changes["rope_parameters"] = changed_rope(generator.model_name, generator.rope_scaling, generator.rope_theta)
+    return changes or None

@@ -6,7 +6,9 @@ import asyncio
 import stat
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -104,3 +106,45 @@ def test_a_wrong_option_is_named(sglang_python: str, tmp_path: Path) -> None:
     server = SGLangServer({"model_path": "x", "never_heard_of": 1}, log=tmp_path / "engine-0.log", python=sglang_python)
     with pytest.raises(EngineError, match=r"unrecognized arguments: --never-heard-of 1.*engine_init_kwargs"):
         asyncio.run(server.ready())
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["trainer.rope_theta=10"],
+        [
+            "trainer.rope_scaling={rope_type: linear, factor: 4.0}",
+            "+trainer.policy.model_config_kwargs.rms_norm_eps=0.1",
+        ],
+    ],
+)
+def test_a_changed_model_is_the_learners_in_the_server_too(sglang_python: str, sglang_model, tmp_path, changes) -> None:
+    """SGLang takes a change that it does not read without a word."""
+    from sglang_cpu.servers import SMALL
+
+    from engines.contract import ask, one
+    from skyrl_train.config.door import load_config
+    from skyrl_train.engines.sglang.options import Surroundings, server_arguments, server_variables
+    from skyrl_train.learner.policy_worker import PolicyWorker
+
+    config = load_config([
+        f"trainer.policy.model.path={sglang_model.folder}", "generator.backend=sglang", "trainer.device=cpu", *changes
+    ])  # fmt: skip
+    around, prompt = Surroundings(installed=frozenset({"sglang"})), list(range(3, 60))
+    server = SGLangServer(
+        server_arguments(config, around=around) | SMALL, log=tmp_path / "engine.log", python=sglang_python,
+        env=server_variables(config, around=around),
+    )  # fmt: skip
+
+    async def sample() -> Any:
+        engine = await server.attach()
+        try:
+            return await one(engine, ask(prompt))
+        finally:
+            await engine.close()
+
+    answer = asyncio.run(sample())
+    learner = PolicyWorker(config, 10)
+    assert replace(sglang_model, model=learner.model).gap(prompt, answer) < 1e-4
+    assert sglang_model.gap(prompt, answer) > 0.01, "it is another model than the folder's"

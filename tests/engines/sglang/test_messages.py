@@ -78,7 +78,7 @@ def test_what_does_not_fit_together_is_an_error() -> None:
         Answer("u").take(torn)
     diverged = event([5, 6])
     diverged["meta_info"]["output_token_logprobs"][1] = [None, 6, None]
-    with pytest.raises(EngineError, match="no number.*diverged"):
+    with pytest.raises(EngineError, match=r"no number.*diverged"):
         Answer("u").take(diverged)
     with pytest.raises(EngineRefusedError, match="too long"):
         Answer("u").take({"error": {"message": "too long"}})
