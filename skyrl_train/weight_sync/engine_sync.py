@@ -29,6 +29,7 @@ from skyrl_train.runtime.base import Workers
 from skyrl_train.runtime.local import quick_turns
 from skyrl_train.weight_sync.adapters import AdapterSync
 from skyrl_train.weight_sync.base import WeightSync
+from skyrl_train.weight_sync.bounded import BoundedWorkers
 from skyrl_train.weight_sync.delivery import Delivery
 from skyrl_train.weight_sync.proof import Probe, ProofFailed, tolerance_for
 from skyrl_train.weight_sync.settings import SyncSettings
@@ -63,6 +64,7 @@ class EngineSync(WeightSync):
         probe_rows: tuple[tuple[int, ...], ...] = (),
         residents: Residents | None = None,
     ) -> None:
+        workers = BoundedWorkers(workers, settings.timeout)
         self.pool, self.workers, self.settings = pool, workers, settings
         self.learner_dtype, self.checkpoint_dtype = learner_dtype, checkpoint_dtype
         self.probe_rows, self.residents = probe_rows, residents

@@ -134,7 +134,7 @@ class OneUnitOff(EngineSync):
     """After the weights, one tensor of the server is changed by one unit in the last place."""
 
     async def _deliver(self, engines, version):  # type: ignore[no-untyped-def]
-        policy = self.workers._hosts[0]._object  # type: ignore[attr-defined]
+        policy = self.workers._workers._hosts[0]._object  # type: ignore[attr-defined]
         send, name = self.shipment._send_buckets, "model.layers.1.mlp.up_proj.weight"
 
         async def then_spoil(run, part, *plan):  # type: ignore[no-untyped-def]
