@@ -167,7 +167,7 @@ class Checkpoints:
         try:
             async with within:
                 yield
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the latter of a worker that waited for another's disk
             if within.expired():
                 raise CheckpointError(
                     f"{what}: it was not there after {self.timeout:g} s (trainer.ckpt_timeout). Look at the disk or "

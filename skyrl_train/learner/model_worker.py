@@ -63,7 +63,8 @@ class ModelWorker:
         bf16 = self.device.type == "cuda" if config.trainer.bf16 is None else config.trainer.bf16
         self.autocast_dtype = torch.bfloat16 if bf16 else None
         self.ranks = Ranks(
-            self.place, self.device, timeout=collective_timeout(config), fsdp_size=self.section.fsdp_config.fsdp_size,
+            self.place, self.device, timeout=collective_timeout(config),
+            saving_timeout=config.trainer.ckpt_timeout, fsdp_size=self.section.fsdp_config.fsdp_size,
             sequence_parallel=self.section.sequence_parallel_size, key=f"trainer.{role}",
         )  # fmt: skip
         self.sharded = not plain and (self.ranks.size > 1 or self.device.type == "cuda" or SHARD_ALONE)

@@ -77,7 +77,7 @@ class PolicyWorker(LearningWorker, ScoringWorker):
             with filled(f"{folder.rstrip('/')}_adapter") as path:
                 base = self.config.trainer.policy.model.path
                 save_adapter(self.model, base, path, write=self.ranks.rank == 0)
-            self.ranks.barrier()
+            self.ranks.barrier(self.ranks.saving_group)
 
     def update(self, batch: TrainBatch, kl_coef: float | None = None) -> dict[str, float]:
         """Learns from one step's batch: ``update_epochs_per_batch`` passes, one optimizer step for each mini-batch.

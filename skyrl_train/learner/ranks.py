@@ -28,6 +28,7 @@ class Ranks:
         place: which one this is.
         device: of this worker.
         timeout: seconds that a collective may take before it is given up.
+        saving_timeout: the same while checkpoints and exports are written; None: ``timeout``.
         fsdp_size: workers in one group of shards; -1: all.
         sequence_parallel: workers that split each sequence.
         key: section of the config, for errors.
@@ -43,6 +44,7 @@ class Ranks:
         device: torch.device,
         *,
         timeout: float,
+        saving_timeout: float | None = None,
         fsdp_size: int = -1,
         sequence_parallel: int = 1,
         key: str = "trainer.policy",
@@ -58,10 +60,10 @@ class Ranks:
         if self.size > 1:
             _meet(place, device, timeout)
         self._mesh: Any = None
+        self._timeout = timedelta(seconds=timeout)
         self.sequence_group = self._sequence_group()
-        self.saving_group = (
-            distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if self.size > 1 else None
-        )
+        patient = timedelta(seconds=max(timeout, saving_timeout or 0.0))
+        self.saving_group = distributed.new_group(backend="gloo", timeout=patient) if self.size > 1 else None
         """For collectives of checkpoints that are written while the workers go on."""
 
     @property
@@ -76,6 +78,8 @@ class Ranks:
                 self._mesh = init_device_mesh(kind, (self.size,), mesh_dim_names=("shards",))
             else:
                 self._mesh = init_device_mesh(kind, (copies, self.shards), mesh_dim_names=("copies", "shards"))
+                for group in self._mesh.get_all_groups():
+                    distributed.distributed_c10d._set_pg_timeout(self._timeout, group)
         return self._mesh
 
     def everyones(self, values: Sequence[float]) -> list[list[float]]:
@@ -129,7 +133,7 @@ class Ranks:
         if self.sequence_parallel > 1:
             for first in range(0, self.size, self.sequence_parallel):
                 members = list(range(first, first + self.sequence_parallel))
-                group = distributed.new_group(members)
+                group = distributed.new_group(members, timeout=self._timeout)
                 found = group if self.rank in members else found
         return found
 

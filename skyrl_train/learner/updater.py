@@ -51,7 +51,8 @@ class Updater:
         """On a CPU, and with ``cpu_offload``, everything is on the host as it is."""
         self.away_between_updates = self.offloads and config.offload_after_step is True
         self.moments = Offload()
-        self.accumulation = Accumulation(model, ranks.shards, ranks.size // ranks.shards, whole=whole_gradients)
+        copies = ranks.size // ranks.shards
+        self.accumulation = Accumulation(model, ranks.shards, copies, ranks.device, whole=whole_gradients)
 
     def begin(self) -> None:
         """Before the updates of a step: the moments come back, unless they stay away between updates too."""

@@ -42,7 +42,7 @@ class ScoringWorker(ModelWorker):
         """
         with filled(folder) as path:
             save_pretrained(self.model, load_tokenizer(self.section.model.path), path, write=self.ranks.rank == 0)
-        self.ranks.barrier()
+        self.ranks.barrier(self.ranks.saving_group)
 
 
 def policy_holds_reference(config: Config) -> bool:

@@ -28,6 +28,8 @@ __all__ = ["checkpoint_dtype", "load_model", "load_tokenizer", "save_pretrained"
 
 log = logging.getLogger("skyrl.models")
 
+BY_LENGTH = ("dynamic", "longrope")
+"""Rotary embeddings that depend on the length of what is computed together."""
 PACKING_TOLERANCE = 1e-3
 """Largest difference of log-probs, in float32, between the packed and the padded forward of a model that packs."""
 
@@ -136,6 +138,11 @@ def supports_packing(model: PreTrainedModel) -> bool:
     from skyrl_train.models.probe import packed_gap, projected_gap
     from skyrl_train.models.scoring import PROJECTS
 
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") in BY_LENGTH:
+        kind = rope["rope_type"]
+        log.warning("%s runs padded: its rotary embedding (%s) goes by the longest row", type(model).__name__, kind)
+        return False
     try:
         gap = packed_gap(model)
     except Exception as error:  # whatever a model that knows no plan does with one
@@ -203,6 +210,11 @@ def changed_rope(path: str, scaling: Mapping[str, Any] | None, theta: float | No
 def _override_rope(config: Any, path: str, scaling: dict[str, Any], theta: float | None) -> None:
     if "type" in scaling:  # its name in older configs
         scaling["rope_type"] = scaling.pop("type")
+    if scaling.get("rope_type") == "dynamic":
+        raise ModelError(
+            "trainer.rope_scaling.rope_type=dynamic: each batch would be computed by its longest sequence, and by "
+            "those before it. Set a type that goes by the token alone: linear, yarn or llama3."
+        )
     changes = scaling | ({} if theta is None else {"rope_theta": theta})
     if not changes:
         return

@@ -41,6 +41,10 @@ def shard(model: nn.Module, mesh: Any, config: FSDPConfig, compute_dtype: torch.
     on_cpu = mesh.device_type == "cpu"
     offload = CPUOffloadPolicy() if config.cpu_offload and not on_cpu else OffloadPolicy()
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
+    as_stored = MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False)
+    for part in getattr(model, "in_float32", ()):
+        stored: dict[str, Any] = options | {"mp_policy": as_stored}
+        fully_shard(part, **stored)
     for layer in layers_of(model):
         fully_shard(layer, reshard_after_forward=config.reshard_after_forward, **options)
     fully_shard(model, **options)
@@ -61,9 +65,11 @@ def is_on_cpu(model: nn.Module) -> bool:
 
 def reshard(model: nn.Module) -> None:
     """Gives back what forward passes without a backward pass have left gathered. A plain model has nothing."""
-    if is_sharded(model):
-        module: Any = model
-        module.reshard()
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules() if is_sharded(model) else ():
+        if isinstance(module, FSDPModule):  # a root does not do so for its parts
+            module.reshard()
 
 
 def on_the_host(tensor: Tensor) -> Tensor:
@@ -98,17 +104,20 @@ class Accumulation:
     Args:
         shards: workers in one group of shards.
         copies: how many such groups there are.
+        device: where they would lie.
         whole: None: where the whole gradients are at most ``SMALL`` of the device's memory.
     """
 
     SMALL = 1 / 20
 
-    def __init__(self, model: nn.Module, shards: int, copies: int, *, whole: bool | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, shards: int, copies: int, device: torch.device, *, whole: bool | None = None
+    ) -> None:
         self._model: Any = model if is_sharded(model) else None
         self._copies = copies
         trained = [p for p in model.parameters() if p.requires_grad]
         size = 4 * sum(p.numel() for p in trained)
-        fits = whole if whole is not None else size <= self.SMALL * _memory_of(trained[0].device)
+        fits = whole if whole is not None else size <= self.SMALL * _memory_of(device)
         self.whole_bytes = size if self._model is not None and shards > 1 and fits else 0
         """Of the whole gradients, where they are kept."""
 

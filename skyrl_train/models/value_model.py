@@ -53,10 +53,15 @@ class ValueModel(nn.Module):
         log.info("critic: %s %s", f"{head}.weight", "starts from random numbers" if saved is None else "was loaded")
         self.add_module(head, linear)
 
+    @property
+    def in_float32(self) -> list[nn.Module]:
+        """What a sharded model does not convert: half precision has too few digits for a value."""
+        return [getattr(self, self.head_name)]
+
     def forward(self, **inputs: Any) -> Tensor:
         """Values ``[rows, tokens]``, float32, of the state after each token of the input."""
         hidden = self.backbone(use_cache=False, **inputs).last_hidden_state
-        return getattr(self, self.head_name)(hidden.float()).squeeze(-1).float()
+        return getattr(self, self.head_name)(hidden.float()).squeeze(-1).clone()  # FSDP2 hooks no view
 
 
 def values_of(model: ValueModel, batch: TrainBatch, *, packed: bool, split: SequenceSplit | None = None) -> Tensor:

@@ -160,7 +160,7 @@ def test_a_checkpoint_without_the_critic_is_refused(world: World, tmp_path: Path
 
 
 def test_the_critic_learns_and_is_told_of(world: World, tmp_path: Path) -> None:
-    more = ("trainer.max_steps=12", "trainer.train_batch_size=8", "trainer.critic_mini_batch_size=2")
+    more = ("trainer.max_steps=9", "trainer.train_batch_size=8", "trainer.critic_mini_batch_size=2")
     run = world.train(tmp_path, *BRIEF, *critic(world), *more)
     assert (run.folder / "metrics.jsonl").exists()
     gaps = [abs(line["value/mean"] - line["return/mean"]) for line in run.history[-4:]]
