@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from itertools import count
 from multiprocessing.connection import Connection
@@ -25,7 +26,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from skyrl_train.errors import WorkerError
+from skyrl_train.errors import SkyRLError, WorkerError
 from skyrl_train.runtime.place import Place
 
 log = logging.getLogger("skyrl.runtime")
@@ -34,6 +35,8 @@ START_TIMEOUT = 300.0
 """Seconds until a process must have answered for the first time: it loads Python and our runtime, no model."""
 CLOSE_TIMEOUT = 10.0
 """Seconds that a worker has to end its object before its process is killed."""
+OBITUARY = 2.0
+"""Seconds in which a worker's death shows, once another has told of an error that may come from it."""
 TAIL = 4000
 """Bytes of a dead worker's output that are looked at for its last words."""
 LINES = 8
@@ -100,12 +103,27 @@ class ProcessWorkers:
 
     async def all(self, method: str, *args: Any) -> list[Any]:
         packed = pack((method, *args))
-        return list(await asyncio.gather(*[child.ask_packed("call", packed) for child in self._children]))
+        return await self._together([child.ask_packed("call", packed) for child in self._children])
 
     async def each(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         pairs = list(zip(self._children, arguments, strict=True))  # a wrong number is found before any call is made
         calls = [child.ask("call", method, *args) for child, args in pairs]
-        return list(await asyncio.gather(*calls))
+        return await self._together(calls)
+
+    async def _together(self, calls: Sequence[Awaitable[Any]]) -> list[Any]:
+        """All answers. Of a worker that died the others may tell first, that a connection was closed, and not whose."""
+        try:
+            return list(await asyncio.gather(*calls))
+        except SkyRLError:
+            raise
+        except Exception as error:
+            until = time.monotonic() + (OBITUARY if self.size > 1 else 0.0)
+            while time.monotonic() < until:
+                for child in self._children:
+                    if child.gone is not None:
+                        raise child.gone from error
+                await asyncio.sleep(0.05)
+            raise
 
     async def one(self, rank: int, method: str, *args: Any) -> Any:
         return await self._children[rank].ask("call", method, *args)
@@ -135,7 +153,7 @@ class _Process:
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._loop = asyncio.get_running_loop()
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
-        self._gone: WorkerError | None = None
+        self.gone: WorkerError | None = None
         self._output = self._open_output(folder)
         ours, theirs = socket.socketpair()
         with theirs:
@@ -164,8 +182,8 @@ class _Process:
         """``ask`` with arguments that were pickled already, once for all workers."""
         number, answer = next(self._numbers), self._loop.create_future()
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # not everyone's is awaited
-        if self._gone is not None:
-            answer.set_exception(self._gone)
+        if self.gone is not None:
+            answer.set_exception(self.gone)
             return answer
         self._waiting[number] = answer
         self._outbox.put(pack((number, kind)))
@@ -205,11 +223,11 @@ class _Process:
             answer.set_exception(value)
 
     def _give_up(self, gone: WorkerError) -> None:
-        self._gone = gone
+        self.gone = gone
         waiting, self._waiting = self._waiting, {}
         for answer in waiting.values():
             if not answer.done():
-                answer.set_exception(self._gone)
+                answer.set_exception(self.gone)
 
     def _obituary(self) -> str:
         code = self._process.returncode

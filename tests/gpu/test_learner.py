@@ -284,3 +284,15 @@ def test_the_probe_is_replayed_from_recorded_layers(folder, lora):
     worker.onload()
     assert all(torch.equal(one, other) for one, other in zip(check(), second, strict=True))
     del held
+
+
+def test_a_critic_in_bfloat16_has_values_of_many_digits(folder):
+    from skyrl_train.learner.critic_worker import CriticWorker
+
+    more = (f"trainer.critic.model.path={folder}", "trainer.algorithm.advantage_estimator=gae")
+    worker, batch = CriticWorker(config(folder, *more), 10), make_batch()
+    batch.values = worker.values(batch)
+    assert len(batch.values.unique()) > 1000, "half precision would have a few hundred"
+    batch.returns = batch.values + torch.where(batch.response_mask, 0.5, 0.0)
+    losses = [worker.update(copy.deepcopy(batch))["critic/loss"] for _ in range(4)]
+    assert losses[-1] < losses[0]
