@@ -207,6 +207,7 @@ def doubtful(config: Config, purpose: str) -> Iterator[str]:
         return
     yield from algorithm_rules.doubtful(config)
     yield from lora_rules.doubtful(config)
+    yield from worker_rules.doubtful(config)
     trains_on_default, evaluates_on_default = (
         getattr(config.data, name) == [os.path.expanduser(path) for path in tree()[f"data.{name}"].default]
         for name in ("train_data", "val_data")

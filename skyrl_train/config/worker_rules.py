@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from skyrl_train.config.schema import Config
+from skyrl_train.config.backend import resolve_backend
+from skyrl_train.config.schema import Config, tree, value_of
 from skyrl_train.errors import ConfigError
 
 BUDGET = "trainer.max_tokens_per_microbatch"
@@ -32,8 +33,7 @@ def broken(config: Config) -> Iterator[ConfigError]:
 
 
 def _divisions(config: Config, role: str) -> Iterator[ConfigError]:
-    placement, section = config.trainer.placement, getattr(config.trainer, role)
-    workers = getattr(placement, f"{role}_num_nodes") * (getattr(placement, f"{role}_num_gpus_per_node") or 1)
+    section, workers = getattr(config.trainer, role), workers_of(config, role)
     sizes = {"fsdp_config.fsdp_size": section.fsdp_config.fsdp_size}
     sizes["sequence_parallel_size"] = section.sequence_parallel_size
     for name, size in sizes.items():
@@ -46,3 +46,26 @@ def _divisions(config: Config, role: str) -> Iterator[ConfigError]:
                 f"{role}_num_gpus_per_node).",
                 f"Set it to one of {', '.join(str(n) for n in range(1, workers + 1) if workers % n == 0)}.",
             )  # fmt: skip
+
+
+def workers_of(config: Config, role: str) -> int:
+    """On all nodes."""
+    placement = config.trainer.placement
+    return getattr(placement, f"{role}_num_nodes") * (getattr(placement, f"{role}_num_gpus_per_node") or 1)
+
+
+def doubtful(config: Config) -> Iterator[str]:
+    """Keys of models that are not there, or not sharded."""
+    trainer = config.trainer
+    alone = resolve_backend(config) == "embedded" and workers_of(config, "policy") == 1
+    for leaf in tree().values():
+        value = value_of(config, leaf.name)
+        if value == leaf.default or leaf.key.follows:
+            continue
+        if leaf.name.startswith("trainer.critic.") and trainer.critic.model.path is None:
+            yield f"{leaf.name}={value} has no effect: there is no critic (trainer.critic.model.path=null)."
+        if leaf.name.startswith("trainer.policy.fsdp_config.") and alone:
+            yield (
+                f"{leaf.name}={value} has no effect: with one worker, the embedded engine samples from the policy's "
+                "own parameters, which stay whole."
+            )

@@ -328,6 +328,8 @@ def test_what_is_missing_has_its_own_type() -> None:
         ("trainer.resume_path=/x", "trainer.resume_path=/x has no effect while trainer.resume_mode=latest"),
         ("trainer.algorithm.max_seq_len=99", "max_seq_len=99 has no effect"),
         ("data.train_data=[mine.parquet]", "left at its default"),
+        ("trainer.critic.optimizer_config.lr=1e-3", "optimizer_config.lr=0.001 has no effect: there is no critic"),
+        ("trainer.policy.fsdp_config.cpu_offload=true", "cpu_offload=True has no effect: with one worker"),
         (
             "generator.run_engines_locally=false generator.remote_inference_engine_urls=[h:1] "
             "generator.enforce_eager=true",
