@@ -89,8 +89,6 @@ def probe(size: str, work: Path) -> dict[str, Any]:
 
 
 def update(size: str, work: Path) -> dict[str, Any]:
-    from torch.profiler import ProfilerActivity, profile
-
     config = config_for(make(size, work / f"model-{size}"), "trainer.max_tokens_per_microbatch=16384", COMPILED)
     worker, batch = MeasuredPolicy(config, 100, Place()), make_batch([655] * 100, SHAPES[size].vocabulary)
     for _ in range(3):
@@ -100,18 +98,7 @@ def update(size: str, work: Path) -> dict[str, Any]:
         "ms": timed(lambda: worker.update(batch), 5),
         "waits": waits(worker, batch),
     }
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-        begun = time.perf_counter()
-        worker.update(batch)
-        torch.cuda.synchronize()
-        found["profiled_ms"] = 1e3 * (time.perf_counter() - begun)
-    events = recorded.key_averages()
-    kernels = [event for event in events if str(event.device_type).endswith("CUDA")]
-    found["busy_ms"] = sum(event.self_device_time_total for event in kernels) / 1e3
-    found["kernels"] = sum(event.count for event in kernels)
-    slowest = sorted(events, key=lambda event: -event.self_cpu_time_total)[:40]
-    found["cpu_ms"] = {event.key[:90]: [round(event.self_cpu_time_total / 1e3, 2), event.count] for event in slowest}
-    return found
+    return found | {"profiled": worker.profiled_update(batch, 0)}
 
 
 def waits(worker: MeasuredPolicy, batch: Any) -> dict[str, int]:

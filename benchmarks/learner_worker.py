@@ -45,7 +45,7 @@ class MeasuredPolicy(PolicyWorker):
         }  # fmt: skip
 
     def profiled_update(self, batch: TrainBatch, warm: int) -> dict[str, Any]:
-        """Milliseconds on the GPU, and calls, of the kernels that take longest in one update."""
+        """Milliseconds and calls of what takes longest in one update: kernels on the GPU, and work of the CPU."""
         from torch.profiler import ProfilerActivity, profile
 
         for _ in range(warm):
@@ -56,13 +56,17 @@ class MeasuredPolicy(PolicyWorker):
             self.update(batch)
             self._wait()
             seconds = time.perf_counter() - begun
-        rows = [event for event in recorded.key_averages() if str(event.device_type).endswith("CUDA")]
+        events = recorded.key_averages()
+        rows = [event for event in events if str(event.device_type).endswith("CUDA")]
         rows.sort(key=lambda event: -event.self_device_time_total)
         kernels = {row.key[:120]: [round(row.self_device_time_total / 1e3, 2), row.count] for row in rows[:50]}
+        slowest = sorted(events, key=lambda event: -event.self_cpu_time_total)[:40]
         return {
             "seconds": seconds,
             "busy_ms": sum(row.self_device_time_total for row in rows) / 1e3,
             "kernels": kernels,
+            "launched": sum(row.count for row in rows),
+            "cpu": {event.key[:90]: [round(event.self_cpu_time_total / 1e3, 2), event.count] for event in slowest},
         }
 
     def timed_scoring(self, batch: TrainBatch, repeats: int) -> list[float]:

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from skyrl_train.config.backend import on_gpu, resolve_backend
+from skyrl_train.config.sizes import engines_of
 
 if TYPE_CHECKING:
     from skyrl_train.config.schema import Config
@@ -39,13 +40,9 @@ def _workers(config: Config) -> None:
     placement, generator = config.trainer.placement, config.generator
     if placement.policy_num_gpus_per_node is None:
         started = generator.run_engines_locally and resolve_backend(config) != "embedded"
-        needed = 1
-        if placement.colocate_all and started and on_gpu(config):
-            needed = generator.num_inference_engines * generator.inference_engine_data_parallel_size
-            needed *= (
-                generator.inference_engine_tensor_parallel_size * generator.inference_engine_pipeline_parallel_size
-            )
-        placement.policy_num_gpus_per_node = max(1, math.ceil(needed / placement.policy_num_nodes))
+        shared = placement.colocate_all and started and on_gpu(config)
+        needed = math.prod(engines_of(config)) if shared else 1
+        placement.policy_num_gpus_per_node = math.ceil(needed / placement.policy_num_nodes)
     for role in ("critic", "ref"):
         if getattr(placement, f"{role}_num_gpus_per_node") is None:
             setattr(placement, f"{role}_num_gpus_per_node", placement.policy_num_gpus_per_node)

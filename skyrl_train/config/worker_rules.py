@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from skyrl_train.config.backend import resolve_backend
 from skyrl_train.config.schema import Config, tree, value_of
+from skyrl_train.config.sizes import workers_of
 from skyrl_train.errors import ConfigError
 
 BUDGET = "trainer.max_tokens_per_microbatch"
@@ -33,7 +35,7 @@ def broken(config: Config) -> Iterator[ConfigError]:
 
 
 def _divisions(config: Config, role: str) -> Iterator[ConfigError]:
-    section, workers = getattr(config.trainer, role), workers_of(config, role)
+    section, workers = getattr(config.trainer, role), math.prod(workers_of(config, role))
     sizes = {"fsdp_config.fsdp_size": section.fsdp_config.fsdp_size}
     sizes["sequence_parallel_size"] = section.sequence_parallel_size
     for name, size in sizes.items():
@@ -48,16 +50,10 @@ def _divisions(config: Config, role: str) -> Iterator[ConfigError]:
             )  # fmt: skip
 
 
-def workers_of(config: Config, role: str) -> int:
-    """On all nodes."""
-    placement = config.trainer.placement
-    return getattr(placement, f"{role}_num_nodes") * (getattr(placement, f"{role}_num_gpus_per_node") or 1)
-
-
 def doubtful(config: Config) -> Iterator[str]:
     """Keys of models that are not there, or not sharded."""
     trainer = config.trainer
-    alone = resolve_backend(config) == "embedded" and workers_of(config, "policy") == 1
+    alone = resolve_backend(config) == "embedded" and workers_of(config, "policy") == (1, 1)
     for leaf in tree().values():
         value = value_of(config, leaf.name)
         if value == leaf.default or leaf.key.follows:

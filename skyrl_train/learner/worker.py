@@ -22,17 +22,19 @@ class ScoringWorker(ModelWorker):
 
     def logprobs(self, batch: TrainBatch) -> Tensor:
         """Log-probs of the response tokens under the distribution sampled from, ``[B, T]`` float32 on the CPU."""
-        options: dict[str, Any] = {"temperature": self.temperature, "packed": self.packed, "sampled": self.sampled}
-        options["split"] = self.split
-        options["compiled"] = self.compiled
-        return self.in_micro_batches(batch, lambda rows: score(self.model, rows, with_entropy=False, **options)[0])
+        options: dict[str, Any] = self._options | {"with_entropy": False, "compiled": self.compiled}
+        return self.in_micro_batches(batch, lambda rows: score(self.model, rows, **options)[0])
 
     def both_logprobs(self, batch: TrainBatch) -> Tensor:
         """Where engines change the distribution: log-probs under the changed one and the plain one, ``[B, 2, T]``."""
         assert self.sampled is not None
-        options: dict[str, Any] = {"temperature": self.temperature, "packed": self.packed, "sampled": self.sampled}
-        options["split"] = self.split
-        return self.in_micro_batches(batch, lambda rows: torch.stack(score_both(self.model, rows, **options), 1))
+        return self.in_micro_batches(batch, lambda rows: torch.stack(score_both(self.model, rows, **self._options), 1))
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {
+            "temperature": self.temperature, "packed": self.packed, "sampled": self.sampled, "split": self.split
+        }  # fmt: skip
 
     def export(self, folder: str) -> None:
         """Writes an ordinary Hugging Face folder: weights, config, tokenizer. Rank 0 writes what all of them gather.

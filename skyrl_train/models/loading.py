@@ -119,15 +119,18 @@ def checkpoint_dtype(path: str) -> str:
     Raises:
         ModelError: there is no config.
     """
+    return str(_config_of(path).get_text_config().dtype or "float32").removeprefix("torch.")
+
+
+def _config_of(path: str) -> Any:
     from transformers import AutoConfig
 
     source, options = locate(path)
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+            return AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # as above
         raise ModelError(f"the model '{path}' cannot be read: {why_not(path, error, options)}") from error
-    return str(config.get_text_config().dtype or "float32").removeprefix("torch.")
 
 
 def supports_packing(model: PreTrainedModel) -> bool:
@@ -196,13 +199,7 @@ def changed_rope(path: str, scaling: Mapping[str, Any] | None, theta: float | No
     Raises:
         ModelError: there is no config, or no one rotary embedding in it.
     """
-    from transformers import AutoConfig
-
-    source, options = locate(path)
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-    except Exception as error:  # transformers raises nearly every kind for a bad folder
-        raise ModelError(f"the model '{path}' cannot be read: {why_not(path, error, options)}") from error
+    config = _config_of(path)
     _override_rope(config, path, dict(scaling or {}), theta)
     return dict(config.get_text_config().rope_parameters)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from skyrl_train.config.backend import resolve_backend
+from skyrl_train.config.sizes import engines_of, workers_of
 from skyrl_train.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -200,19 +201,6 @@ def _on_the_policys(config: Config, policy: Sequence[Seat], on_gpu: bool) -> tup
         mine, slots[node] = slots[node][:each], slots[node][each:]
         seats.append(Seat(node=node, slots=tuple(mine)))
     return tuple(seats)
-
-
-def workers_of(config: Config, role: str) -> tuple[int, int]:
-    """Nodes of "policy", "ref" or "critic", and its workers on each."""
-    placement = config.trainer.placement
-    return getattr(placement, f"{role}_num_nodes"), getattr(placement, f"{role}_num_gpus_per_node") or 1
-
-
-def engines_of(config: Config) -> tuple[int, int]:
-    """Engines that we start (copies of the model are engines of their own), and GPUs of each."""
-    generator = config.generator
-    each = generator.inference_engine_tensor_parallel_size * generator.inference_engine_pipeline_parallel_size
-    return generator.num_inference_engines * generator.inference_engine_data_parallel_size, each
 
 
 def _turned(count: int, by: int) -> list[int]:

@@ -163,14 +163,15 @@ def test_offload_frees_the_gpu_and_changes_nothing(folder):
 
 
 @two_gpus
-@pytest.mark.parametrize("size", [-1, 1])
-def test_two_gpus_are_one(folder, size):
+@pytest.mark.parametrize(("size", "parts"), [(-1, 1), (1, 1), (-1, 2)])
+def test_two_gpus_are_one(folder, size, parts):
     one = learned(PolicyWorker(config(folder), 10), make_batch())
     more = (f"trainer.policy.fsdp_config.fsdp_size={size}", "trainer.placement.policy_num_gpus_per_node=2")
+    more += (f"trainer.policy.sequence_parallel_size={parts}",)
 
     async def run() -> dict[str, Any]:
         workers = await ProcessWorkers.start(PolicyWorker, config(folder, *more), 10, role="policy", count=2)
-        policy, batch = Policy(workers), make_batch()
+        policy, batch = Policy(workers, parts=parts), make_batch()
         try:
             batch.old_logprobs = await policy.logprobs(batch)
             metrics = [await policy.update(batch, 0.0) for _ in range(2)]
@@ -213,24 +214,6 @@ def test_a_checkpoint_written_in_the_background_is_of_the_moment_it_was_taken(fo
     norms = [metrics.pop("policy/grad_norm") for metrics in (went_on, restored)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)  # a backward pass on a GPU adds in no fixed order
     assert went_on == restored
-
-
-@two_gpus
-def test_two_gpus_that_split_sequences_are_one(folder):
-    one = learned(PolicyWorker(config(folder), 10), make_batch())
-    more = ("trainer.policy.sequence_parallel_size=2", "trainer.placement.policy_num_gpus_per_node=2")
-
-    async def run() -> dict[str, Any]:
-        workers = await ProcessWorkers.start(PolicyWorker, config(folder, *more), 10, role="policy", count=2)
-        policy, batch = Policy(workers, parts=2), make_batch()
-        try:
-            batch.old_logprobs = await policy.logprobs(batch)
-            metrics = [await policy.update(batch, 0.0) for _ in range(2)]
-            return {"before": batch.old_logprobs, "metrics": metrics, "after": await policy.logprobs(batch)}
-        finally:
-            await workers.close()
-
-    near(one, asyncio.run(run()), 0.02)
 
 
 def test_a_micro_batch_waits_for_nothing_on_the_gpu(folder):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_several_workers import agree, play, two
+from test_several_workers import agree, as_rank, play, two
 from torch import distributed
 
 from skyrl_train.errors import ConfigError
@@ -16,10 +16,6 @@ from skyrl_train.learner.critic_worker import CriticWorker
 from skyrl_train.runtime.place import Place
 
 SPLIT = "trainer.policy.sequence_parallel_size=2"
-
-
-def as_rank(config: Any, batch: Any) -> bytes:
-    return pickle.dumps(play(config, batch, None, distributed.get_rank(), distributed.get_world_size()))
 
 
 @pytest.mark.parametrize("changed", ["top_k=5", "repetition_penalty=1.3"])

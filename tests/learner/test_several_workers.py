@@ -45,7 +45,7 @@ def play(config: Any, batch: Any, folder: str | None = None, rank: int = 0, size
     return found
 
 
-def as_rank(config: Any, batch: Any, folder: str) -> bytes:
+def as_rank(config: Any, batch: Any, folder: str | None = None) -> bytes:
     """Pickled here: a tensor in a pipe of multiprocessing lives in the memory of the process that sent it."""
     return pickle.dumps(play(config, batch, folder, distributed.get_rank(), distributed.get_world_size()))
 

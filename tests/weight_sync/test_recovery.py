@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -204,10 +203,8 @@ def test_what_is_given_up_holds_no_request(sglang_server, sglang_model: Rig, cap
 
 
 def test_a_server_that_its_owner_restarted_is_attached_anew(sglang_server, sglang_model: Rig) -> None:
-    far = replace(FAR)
-
     async def main() -> None:
-        async with recovering(sglang_server, sglang_model, shared=False, around=far) as (here, recovery, sources):
+        async with recovering(sglang_server, sglang_model, shared=False, around=FAR) as (here, recovery, sources):
             await recovery.sync(1)
             other = await attach_to(sglang_server)()
             await other.set_version(0)  # what a new server reports
