@@ -41,9 +41,7 @@ def projected_logprobs(
         targets: ``[M]``.
         compiled: the work on logits by kernels of ``torch.compile``.
     """
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    return _Projected.apply(hidden, weight, bias, targets, temperature, dtype, compiled)  # pyright: ignore
+    return _Projected.apply(hidden, weight, bias, targets, temperature, _computed_in(hidden), compiled)  # pyright: ignore
 
 
 class _Projected(torch.autograd.Function):
@@ -69,25 +67,81 @@ class _Projected(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, bias, targets, normalizer, entropy = ctx.saved_tensors
         temperature, dtype, compiled = ctx.options
-        spread, w = _maybe(_spread, compiled), weight.to(dtype)
-        zeros = torch.zeros_like(normalizer)
+        spread, zeros = _maybe(_spread, compiled), torch.zeros_like(normalizer)
         grad, grad_entropy = (zeros if g is None else g.float() for g in (grad, grad_entropy))
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        to_hidden = torch.empty_like(hidden) if wants_hidden else None
-        to_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
-        to_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
-        for rows in _chunks(len(hidden), weight.shape[0], hidden.device):
-            h = hidden[rows].to(dtype)
-            parts = targets[rows], normalizer[rows], entropy[rows], grad[rows], grad_entropy[rows]
-            slope = spread(_project(h, w, bias), *parts, temperature)
-            if to_hidden is not None:
-                to_hidden[rows] = (slope @ w).to(hidden.dtype)
-            if to_weight is not None:
-                _add_product(to_weight, slope, h)
-            if to_bias is not None:
-                to_bias += slope.sum(0, dtype=torch.float32)
-        cast = (None if t is None else t.to(like.dtype) for t, like in ((to_weight, weight), (to_bias, bias)))
-        return to_hidden, *cast, None, None, None, None
+
+        def slope(logits: Tensor, rows: slice) -> Tensor:
+            return spread(logits, *(x[rows] for x in (targets, normalizer, entropy, grad, grad_entropy)), temperature)
+
+        return *_gradients(hidden, weight, bias, dtype, ctx.needs_input_grad, slope), None, None, None, None
+
+
+def numbers_of(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, numbers: Callable[[Tensor, slice], tuple[Tensor | None, ...]]
+) -> tuple[Tensor | None, ...]:
+    """``numbers(h W^T + b, all rows)``, computed in chunks: ``numbers`` gets the logits of a slice of rows and tells
+    numbers of each, which must not depend on others. In the backward pass it is called again."""
+    return _Numbers.apply(hidden, weight, bias, _computed_in(hidden), numbers)  # pyright: ignore[reportReturnType]
+
+
+class _Numbers(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, numbers: Any
+    ) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        w = weight.to(dtype)
+        chunks = _chunks(len(hidden), weight.shape[0], hidden.device)
+        parts = [numbers(_project(hidden[rows].to(dtype), w, bias), rows) for rows in chunks]
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.options = dtype, numbers
+        return tuple(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dtype, numbers = ctx.options
+        hidden, weight, bias = ctx.saved_tensors
+
+        def slope(logits: Tensor, rows: slice) -> Tensor:
+            with torch.enable_grad():
+                x = logits.detach().requires_grad_()
+                found = zip(numbers(x, rows), grads, strict=True)
+                pairs = [(y, g[rows]) for y, g in found if y is not None and g is not None and y.requires_grad]
+                return torch.autograd.grad([y for y, _ in pairs], x, [g for _, g in pairs])[0]
+
+        return *_gradients(hidden, weight, bias, dtype, ctx.needs_input_grad, slope), None, None
+
+
+def _computed_in(hidden: Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, needed: tuple[bool, ...],
+    slope: Callable[[Tensor, slice], Tensor],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """By hidden states, weight and bias, where needed.
+
+    Args:
+        slope: the gradient by the logits of some rows, of those logits.
+    """
+    w = weight.to(dtype)
+    to_hidden = torch.empty_like(hidden) if needed[0] else None
+    to_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needed[1] else None
+    to_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None
+    for rows in _chunks(len(hidden), weight.shape[0], hidden.device):
+        h = hidden[rows].to(dtype)
+        pull = slope(_project(h, w, bias), rows)
+        if to_hidden is not None:
+            to_hidden[rows] = (pull @ w).to(hidden.dtype)
+        if to_weight is not None:
+            _add_product(to_weight, pull, h)
+        if to_bias is not None:
+            to_bias += pull.sum(0, dtype=torch.float32)
+    found_weight = None if to_weight is None else to_weight.to(weight.dtype)
+    return to_hidden, found_weight, None if to_bias is None or bias is None else to_bias.to(bias.dtype)
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -70,14 +70,14 @@ class SampledDistribution:
         return None if made == cls(joint=made.joint) else made
 
     def logprobs(
-        self, logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool, seen: SeenTokens | None
+        self, logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool, seen: Seen | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Log-probs of ``targets``, the entropy, and the log-probs as engines report them (no gradient), in float32.
 
         Args:
             logits: ``[R, V]``.
             targets: ``[R]``.
-            seen: needed with a repetition penalty.
+            seen: needed with a repetition penalty; of these rows.
         """
         sampled, entropy, plain = _SampledLogprobs.apply(logits, targets, temperature, with_entropy, self, seen)  # pyright: ignore
         return sampled, entropy if with_entropy else None, plain
@@ -127,11 +127,9 @@ class SeenTokens:
     Args:
         batch: on the device of the logits.
         vocabulary: V.
-        rows, columns: ``[R]``: which response token a row of logits predicts.
     """
 
-    def __init__(self, batch: TrainBatch, vocabulary: int, rows: Tensor, columns: Tensor) -> None:
-        self.rows, self.columns = rows, columns
+    def __init__(self, batch: TrainBatch, vocabulary: int) -> None:
         width = batch.prompt_ids.shape[1]
         place = torch.arange(width, device=batch.prompt_ids.device)
         last = batch.prompt_ids[:, -1:]  # stands in for the padding, which was never there
@@ -141,6 +139,22 @@ class SeenTokens:
         first.scatter_reduce_(1, batch.response_ids, number.expand(batch.response_ids.shape), "amin")
         self.first = first.scatter_(1, prompts, -1)
         """``[B, V]``: where in the response a token is first met; -1 in the prompt."""
+
+    def before(self, rows: Tensor, columns: Tensor) -> Seen:
+        """
+        Args:
+            rows, columns: ``[R]``: which response token a row of logits predicts.
+        """
+        return Seen(self.first, rows, columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Tokens seen before some response tokens."""
+
+    first: Tensor
+    rows: Tensor
+    columns: Tensor
 
     def __getitem__(self, chunk: slice) -> Tensor:
         """``[R, V]`` bool for a slice of rows."""
@@ -162,7 +176,7 @@ class _SampledLogprobs(torch.autograd.Function):
         temperature: float,
         with_entropy: bool,
         change: SampledDistribution,
-        seen: SeenTokens | None,
+        seen: Seen | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         normalizer = torch.empty(len(logits), dtype=torch.float32, device=logits.device)

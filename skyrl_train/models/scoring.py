@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from skyrl_train.batch import TrainBatch
 from skyrl_train.models.attention import no_mask
-from skyrl_train.models.packing import pack
-from skyrl_train.models.projection import answering, projected_logprobs, worth_it
+from skyrl_train.models.packing import Packed, pack
+from skyrl_train.models.projection import answering, numbers_of, projected_logprobs, worth_it
 from skyrl_train.models.sampled import SampledDistribution, SeenTokens
 from skyrl_train.models.sequence_parallel import SequenceSplit
 
@@ -25,11 +25,6 @@ CHUNK = 1 << 22
 """Logits worked on at a time: their float32 copies take 16 MiB each, whatever the vocabulary."""
 PROJECTS = "_skyrl_projects"
 """Set to False on a model whose logits are not just what its output layer gives (scaled, or capped)."""
-
-
-Head = Callable[[Tensor, Tensor, Tensor, Tensor], "tuple[Tensor | None, ...]"]
-"""``(logits [N, V], targets [N], rows [N], columns [N])`` to numbers for each target; rows and columns say which token
-of the batch a target is."""
 
 
 def score(
@@ -57,7 +52,7 @@ def score(
     Returns:
         ``[B, T]`` float32 log-probs and entropy (or None), 0 where ``response_mask`` is 0.
     """
-    head = _head(batch, temperature or 1.0, with_entropy, sampled, compiled)
+    head = _head(model, batch, temperature or 1.0, with_entropy, sampled, compiled)
     logprobs, entropy = _numbers(model, batch, head, packed, split)[:2]
     assert logprobs is not None
     return logprobs, entropy
@@ -73,7 +68,7 @@ def score_both(
     split: SequenceSplit | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs under the distribution that was sampled from, and those that engines report, ``[B, T]`` each."""
-    logprobs, _, plain = _numbers(model, batch, _head(batch, temperature, False, sampled, False), packed, split)
+    logprobs, _, plain = _numbers(model, batch, _head(model, batch, temperature, False, sampled), packed, split)
     assert logprobs is not None and plain is not None
     return logprobs, plain
 
@@ -89,23 +84,61 @@ class Plain:
     def __call__(self, logits: Tensor, targets: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor | None, ...]:
         return token_logprobs(logits, targets, self.temperature, self.with_entropy)
 
-    def projects(self, model: PreTrainedModel, tokens: int) -> bool:
-        """Whether hidden states are projected in chunks: the logits are many, and the model leaves them as they are."""
-        layer: Any = model.get_output_embeddings()
-        plain = isinstance(layer, torch.nn.Linear) and not hasattr(layer, "lora_A")
-        return plain and getattr(model, PROJECTS, True) and worth_it(tokens, layer.out_features)
+    def projected(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed
+    ) -> tuple[Tensor | None, ...]:
+        """The same of ``[M, H]`` hidden states, without holding the logits."""
+        logprobs, entropy = projected_logprobs(
+            hidden, weight, bias, packed.targets, self.temperature, compiled=self.compiled
+        )
+        return logprobs, entropy if self.with_entropy else None
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """The head of a distribution that the engine has changed."""
+
+    change: SampledDistribution
+    temperature: float
+    with_entropy: bool
+    seen: SeenTokens | None
+
+    def __call__(self, logits: Tensor, targets: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor | None, ...]:
+        seen = None if self.seen is None else self.seen.before(rows, columns)
+        return self.change.logprobs(logits, targets, self.temperature, self.with_entropy, seen)
+
+    def projected(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, packed: Packed
+    ) -> tuple[Tensor | None, ...]:
+        """See ``Plain``."""
+
+        def numbers(logits: Tensor, part: slice) -> tuple[Tensor | None, ...]:
+            return self(logits, packed.targets[part], packed.rows[part], packed.columns[part])
+
+        return numbers_of(hidden, weight, bias, numbers)
+
+
+Head = Plain | Changed
+"""``(logits [N, V], targets [N], rows [N], columns [N])`` to numbers for each target; rows and columns say which token
+of the batch a target is."""
 
 
 def _head(
-    batch: TrainBatch, temperature: float, with_entropy: bool, sampled: SampledDistribution | None, compiled: bool
-) -> Head:
-    def changed(logits: Tensor, targets: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor | None, ...]:
-        assert sampled is not None
-        penalised = sampled.repetition_penalty != 1.0
-        seen = SeenTokens(batch, logits.shape[-1], rows, columns) if penalised else None
-        return sampled.logprobs(logits, targets, temperature, with_entropy, seen)
+    model: PreTrainedModel, batch: TrainBatch, temperature: float, with_entropy: bool,
+    sampled: SampledDistribution | None, compiled: bool = False,
+) -> Head:  # fmt: skip
+    if sampled is None:
+        return Plain(temperature, with_entropy, compiled)
+    vocabulary = model.config.get_text_config().vocab_size
+    seen = SeenTokens(batch, vocabulary) if sampled.repetition_penalty != 1.0 else None
+    return Changed(sampled, temperature, with_entropy, seen)
 
-    return Plain(temperature, with_entropy, compiled) if sampled is None else changed
+
+def _projects(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether hidden states are projected in chunks: the logits are many, and the model leaves them as they are."""
+    layer: Any = model.get_output_embeddings()
+    plain = isinstance(layer, torch.nn.Linear) and not hasattr(layer, "lora_A")
+    return plain and getattr(model, PROJECTS, True) and worth_it(tokens, layer.out_features)
 
 
 def _numbers(
@@ -129,8 +162,8 @@ def _packed(
         "logits_to_keep": packed.score_index,
         "use_cache": False,
     }
-    if isinstance(head, Plain) and head.projects(model, len(packed.targets)):
-        found = _projected(model, inputs, packed.targets, head)
+    if _projects(model, len(packed.targets)):
+        found = _projected(model, inputs, packed, head)
     else:
         found = head(model(**inputs).logits[0], packed.targets, packed.rows, packed.columns)
     width = batch.response_ids.shape[1] - packed.shape[1]
@@ -141,19 +174,19 @@ def _packed(
     return tuple(None if values is None else spread(values) for values in found)
 
 
-def _projected(
-    model: PreTrainedModel, inputs: dict[str, Any], targets: Tensor, head: Plain
-) -> tuple[Tensor, Tensor | None]:
+def _projected(model: PreTrainedModel, inputs: dict[str, Any], packed: Packed, head: Head) -> tuple[Tensor | None, ...]:
     """What ``head`` makes of the logits, without holding them."""
+    told: list[bool] = []
 
     def answer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        numbers = projected_logprobs(hidden[0], weight, bias, targets, head.temperature, compiled=head.compiled)
-        return torch.stack(numbers, -1)[None]
+        numbers = head.projected(hidden[0], weight, bias, packed)
+        told[:] = [values is not None for values in numbers]
+        return torch.stack([values for values in numbers if values is not None], -1)[None]
 
     layer: Any = model.get_output_embeddings()
     with answering(layer, answer):
-        logprobs, entropy = model(**inputs).logits[0].unbind(-1)
-    return logprobs, entropy if head.with_entropy else None
+        found = iter(model(**inputs).logits[0].unbind(-1))
+    return tuple(next(found) if is_told else None for is_told in told)
 
 
 def sequences(batch: TrainBatch) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from skyrl_train.config.door import load_config
 from skyrl_train.engines.base import SamplingParams
 from skyrl_train.engines.embedded.sampling import Noise, Sampler
-from skyrl_train.models import sampled
+from skyrl_train.models import projection, sampled
 from skyrl_train.models.sampled import SampledDistribution, SeenTokens
 from skyrl_train.models.scoring import score, score_both
 from skyrl_train.models.truncation import kept
@@ -128,7 +128,7 @@ def test_an_engine_that_reports_after_the_bias_is_met_there():
 def test_seen_tokens_are_those_of_the_prompt_and_of_the_response_so_far():
     batch = make_batch([[5, 6, 5], [7]], [[8, 9, 8], [0, 7]])
     rows, columns = (index.flatten() for index in torch.meshgrid(torch.arange(2), torch.arange(3), indexing="ij"))
-    seen = SeenTokens(batch, 12, rows, columns)[slice(0, 6)]
+    seen = SeenTokens(batch, 12).before(rows, columns)[slice(0, 6)]
     met = [set(row.nonzero().flatten().tolist()) for row in seen]
     # the padding, token 0, was never there; where it was written it was
     assert met[:3] == [{5, 6}, {5, 6, 8}, {5, 6, 8, 9}]
@@ -136,19 +136,28 @@ def test_seen_tokens_are_those_of_the_prompt_and_of_the_response_so_far():
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_packed_is_padded(name):
+@pytest.mark.parametrize("rows", [0, 3])
+def test_packed_is_padded(name, rows, monkeypatch):
+    """By logits that are held, or projected and forgotten a few rows at a time."""
     model, batch = make_model(), ragged()
     change = SampledDistribution(**CHANGES[name])
+    whole = int(batch.response_mask.sum()) * model.config.vocab_size
+    if rows:
+        monkeypatch.setattr(projection, "SMALL", 0)
+        monkeypatch.setitem(projection.CHUNK, "cpu", rows * model.config.vocab_size)
     found = []
     for packed in (False, True):
-        logprobs, entropy = score(
-            model, batch, temperature=0.7, packed=packed, with_entropy=True, sampled=change
-        )  # fmt: skip
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            logprobs, entropy = score(
+                model, batch, temperature=0.7, packed=packed, with_entropy=True, sampled=change
+            )  # fmt: skip
         both = score_both(model, batch, temperature=0.7, packed=packed, sampled=change)
         plain, _ = score(model, batch, temperature=0.7, packed=packed, with_entropy=False)
         assert entropy is not None
         assert torch.equal(both[0], logprobs)
         torch.testing.assert_close(both[1], plain, rtol=0, atol=1e-5)
+        assert not packed or (whole in sizes) == (not rows), "logits are held for the backward pass"
         assert not logprobs[~batch.response_mask].any() and not entropy[~batch.response_mask].any()
         pull = torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)
         found.append((logprobs.detach(), entropy.detach(), gradients(model, (logprobs * pull + 0.3 * entropy).sum())))
