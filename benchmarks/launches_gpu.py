@@ -37,7 +37,7 @@ ROWS = [[(7 * row + i) % 400 + 50 for i in range(32)] for row in range(4)]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["0.6B"], choices=list(SHAPES), help="of the probe")
+    parser.add_argument("--sizes", nargs="*", default=["0.6B"], choices=list(SHAPES), help="of the probe")
     parser.add_argument("--update", default="0.6B", choices=list(SHAPES))
     parser.add_argument("--work", type=Path, default=Path("outputs/bench"))
     parser.add_argument("--out", type=Path)

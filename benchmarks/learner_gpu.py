@@ -50,6 +50,7 @@ PUBLISHED = {  # prime-rl's public table: MFU in per cent and GiB on one H100, u
 COMPILED = "trainer.policy.use_torch_compile=true"
 EAGER = "trainer.policy.use_torch_compile=false"
 AWAY = "trainer.policy.optimizer_config.offload_after_step=true"
+GATHERED = "trainer.policy.fsdp_config.reshard_after_forward=false"
 FULL = "trainer.gradient_checkpointing_mode=full"
 LORA = "trainer.policy.model.lora.rank=16"
 K16, K65 = 16384, 65536
@@ -59,6 +60,7 @@ UPDATES: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "update-0.6B-65k": ("0.6B", K65, (COMPILED, AWAY)),
     "update-4B-lora-16k": ("4B", K16, (COMPILED, LORA)),
     "update-0.6B-16k-eager": ("0.6B", K16, (EAGER,)),
+    "update-0.6B-16k-gathered": ("0.6B", K16, (COMPILED, GATHERED)),
     "update-0.6B-16k-full": ("0.6B", K16, (COMPILED, FULL)),
     "update-0.6B-65k-full": ("0.6B", K65, (COMPILED, FULL)),
     "update-4B-lora-16k-full": ("4B", K16, (COMPILED, LORA, FULL)),

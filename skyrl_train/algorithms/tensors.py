@@ -82,9 +82,10 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def masked_max(values: Tensor, mask: Tensor) -> Tensor:
     """Largest value at a True position, a 0-d tensor; 0 if there is none."""
-    if not mask.any():
+    if not mask.numel():
         return values.new_zeros(())
-    return torch.where(mask, values, -torch.inf).max()
+    largest = torch.where(mask, values, -torch.inf).max()
+    return torch.where(mask.any(), largest, 0.0)  # to look at the mask from Python is to wait for the GPU
 
 
 def masked_min(values: Tensor, mask: Tensor) -> Tensor:

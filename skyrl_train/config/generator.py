@@ -258,7 +258,7 @@ class GeneratorConfig:
         unit="nats", backends=SERVERS,
     )  # fmt: skip
     weight_probe_graphs: bool = key(
-        False, "On a GPU, record the learner's half of the probe as CUDA graphs: it is launched in a few milliseconds, "
+        True, "On a GPU, record the learner's half of the probe as CUDA graphs: it is launched in a few milliseconds, "
         "and a layer's memory in the compute format stays taken.", backends=SERVERS,
     )  # fmt: skip
     engine_start_timeout: float = key(

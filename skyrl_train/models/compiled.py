@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from skyrl_train.models.recompute import Recomputed
 from skyrl_train.models.sharding import layers_of
 
 log = logging.getLogger("skyrl.models")
@@ -20,10 +21,13 @@ VARIANTS = 64
 """Compiled forms of a layer at most: with and without gradients, training or not, lengths fixed and free."""
 
 
-def compile_layers(model: Any) -> int:
+def compile_layers(model: Any, backend: Any = "inductor") -> int:
     """Compiles every layer, in place; they are built when they first run. Returns how many.
 
     What cannot be compiled runs as it is, and PyTorch logs why.
+
+    Args:
+        backend: of ``torch.compile``.
     """
     import torch._dynamo.config as settings
 
@@ -33,8 +37,11 @@ def compile_layers(model: Any) -> int:
             setattr(changes, name, max(VARIANTS, getattr(changes, name)))
             break
     changes.suppress_errors = True
+    if hasattr(changes, "nested_graph_breaks"):  # two pieces of a layer, before and after attention, and not four
+        changes.nested_graph_breaks = True
     layers = layers_of(model)
     for layer in layers:
-        layer.forward = torch.compile(layer.forward)
+        place = layer.forward if isinstance(layer.forward, Recomputed) else layer
+        place.forward = torch.compile(place.forward, backend=backend)
     log.info("%d layers of %s are compiled when they first run", len(layers), type(model).__name__)
     return len(layers)

@@ -15,31 +15,53 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from skyrl_train.models.lora import has_adapter
+from skyrl_train.models.sharding import layers_of
 
 Attention = Callable[..., Tensor]
 _hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def recompute_activations(model: Any, *, mode: str, use_reentrant: bool) -> None:
-    """Turns gradient checkpointing on; its method got another name in transformers 5.2x, and the old one warns.
+    """Turns gradient checkpointing on, for every layer: what is around a layer's forward pass (FSDP2's hooks) stays
+    outside, and what it is made of can be compiled (``compiled.py``).
 
     Args:
         mode: "full" or "selective".
         use_reentrant: the older implementation, which knows "full" alone.
     """
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    options: dict[str, Any] = {"use_reentrant": use_reentrant}
+    options: dict[str, Any] = {"use_reentrant": use_reentrant, "preserve_rng_state": _is_random(model)}
     if mode == "selective" and not use_reentrant:
         options["context_fn"] = _contexts
-    enable(options)
+    for layer in layers_of(model):
+        layer.forward = Recomputed(layer, options)
     if use_reentrant and has_adapter(model):
         model.get_input_embeddings().register_forward_hook(_start_gradient)
+
+
+class Recomputed:
+    """A layer's forward pass whose activations are computed again when gradients are asked for, in training."""
+
+    def __init__(self, layer: nn.Module, options: dict[str, Any]) -> None:
+        self.layer, self.forward, self.options = layer, layer.forward, options
+
+    def __call__(self, *inputs: Any, **more: Any) -> Any:
+        if self.layer.training and torch.is_grad_enabled():
+            return checkpoint(partial(self.forward, **more), *inputs, **self.options)
+        return self.forward(*inputs, **more)
+
+
+def _is_random(model: Any) -> bool:
+    """Whether a layer draws numbers, which must then be the same when it runs again; to see to that takes time."""
+    drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    return drops or bool(getattr(model.config.get_text_config(), "attention_dropout", 0))
 
 
 def kept(attention: Attention, *inputs: Tensor) -> Tensor:

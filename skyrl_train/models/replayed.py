@@ -65,6 +65,7 @@ class Replayed:
     def forget(self) -> None:
         for layer in self._layers:
             layer.recordings.clear()
+        self.pool = None  # one that no graph uses any more cannot be used again
 
     def give_up(self, error: Exception) -> None:
         log.warning("Layers cannot be recorded as CUDA graphs, and are launched kernel by kernel: %s", error)

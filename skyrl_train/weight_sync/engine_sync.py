@@ -195,9 +195,10 @@ class EngineSync(WeightSync):
         return self._metrics(delivery, version, time.monotonic() - begun)
 
     async def _deliver(self, engines: Mapping[str, SGLangEngine], version: int) -> Delivery:
-        """The learner packs while the engines pause, and computes its half of the probe from when all is on its way.
+        """The learner packs while the engines pause, and computes its half of the probe once all have the weights: on a
+        GPU that both share, loading would wait for it.
 
-        Where both are on one GPU, and the learner has to leave it first, it waits for that half.
+        Where the learner has to leave that GPU first, its half is waited for.
         """
         run = Delivery(engines, version, self.settings.timeout)
         if self.residents:
@@ -208,8 +209,7 @@ class EngineSync(WeightSync):
         half = Started(self._expected)
         try:
             names = list(run.engines) if self.adapters is None else self.adapters.without_base(run)
-            then = half.start if self._probes else None
-            shipped = await self.shipment.send(run, names, merged=self.adapters is None, after=pause, then=then)
+            shipped = await self.shipment.send(run, names, merged=self.adapters is None, after=pause)
             last = not self.residents and not self.settings.sleep and self.shipment.can_wait(run)
             if not last:
                 await self.shipment.prove(run, shipped)

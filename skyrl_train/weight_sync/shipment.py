@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from functools import partial
 from typing import Any
 
@@ -70,26 +70,22 @@ class Shipment:
         *,
         merged: bool = True,
         after: Awaitable[Any] | None = None,
-        then: Callable[[], Any] | None = None,
     ) -> list[Shipped]:
         """Sends the weights to some engines of a delivery; those that fail drop out.
 
         Args:
             merged: with the adapter's work in them, if the policy has one; else the base model's.
             after: what the engines have to do first: it is awaited once the first bucket is packed.
-            then: gives the workers more to do; called when the engines have been told of the last bucket.
 
         Returns:
             What ``prove`` looks at.
         """
         shipped: list[Shipped] = []
-        plans = self._plans(run, names, merged)
-        for plan, together in plans:
+        for plan, together in self._plans(run, names, merged):
             there = {name: run.engines[name] for name in together if name in run.engines}
             part = Delivery(there, run.version, run.timeout)
             part.seconds = run.seconds
-            last = plan is plans[-1][0]
-            shipped.append((part, await self._send_buckets(run, part, plan, after, then if last else None)))
+            shipped.append((part, await self._send_buckets(run, part, plan, after)))
             await self._drop_failed(run, part)
         if after is not None:
             await after
@@ -147,7 +143,6 @@ class Shipment:
         part: Delivery,
         plan: SendPlan,
         after: Awaitable[Any] | None,
-        then: Callable[[], Any] | None,
     ) -> Awaitable[Sent]:
         """Bucket after bucket: while one is loaded, the next is packed and its message is read."""
         self._folder.begin()
@@ -170,10 +165,7 @@ class Shipment:
                 detail = f"bucket {index + 1} of {len(buckets)}"
                 send = part.each("send", partial(self._send_bucket, index, bucket), detail=detail, timed=False)
                 on_their_way[index] = asyncio.create_task(send)
-                if index == len(buckets) - 1:
-                    if then is not None:
-                        then()
-                elif plan.digests:
+                if plan.digests and index < len(buckets) - 1:
                     await _timed(part, "hash", self.workers.all("weights_hash", index))
             while on_their_way:
                 await _arrived(part, on_their_way)

@@ -4,6 +4,7 @@ from torch.nn.functional import log_softmax
 
 from skyrl_train.models import packing, scoring
 from skyrl_train.models.attention import NAME
+from skyrl_train.models.compiled import compile_layers
 from skyrl_train.models.recompute import recompute_activations
 from skyrl_train.models.scoring import score, token_logprobs
 
@@ -113,6 +114,32 @@ def test_checkpointed_layers_give_the_same_gradients(monkeypatch, mode):
     assert all(largest_gap(found[0], other) < 1e-6 for other in found)
     once = runs[0]
     assert once > 0 and runs == [once, once, *([2 * once] * 2 if mode == "full" else [once] * 2)]
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler's own
+@pytest.mark.parametrize("recompute", [False, True])
+def test_each_layer_is_compiled_in_two_pieces_around_attention(recompute):
+    """Whether its activations are computed again or not."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    pieces: list[int] = []
+
+    def counted(graph, inputs):
+        pieces.append(len(graph.graph.nodes))
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    model, batch = make_model().train(), ragged()
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            if recompute:
+                recompute_activations(model, mode="selective", use_reentrant=False)
+            assert compile_layers(model, counted) == 2
+        logprobs, _ = score(model, batch, temperature=1.0, packed=True, with_entropy=False)
+        found.append((logprobs.detach(), gradients(model, logprobs.sum())))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-5) and largest_gap(found[0][1], found[1][1]) < 1e-6
+    assert len(pieces) == 2, "both layers share them"
 
 
 def test_bfloat16_autocast_stays_near_and_returns_float32():
