@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from engines.contract import PROMPT, ask, one
 from skyrl_train.config.door import load_config
 from skyrl_train.engines.pool import EnginePool
 from skyrl_train.engines.sglang.engine import SGLangEngine
+from skyrl_train.engines.sglang.payloads import Spec, bucket_payloads, pack
 from skyrl_train.models.gather import own_part
 from skyrl_train.roles import PolicyWithSender
 from skyrl_train.runtime.local import LocalWorkers
@@ -48,6 +49,37 @@ class Syncing:
         answer = await one(engine, ask())
         (scored,) = self.policy.weights_probe([[*PROMPT, *answer.token_ids]], len(PROMPT))
         return max(abs(a - b) for a, b in zip(scored, answer.logprobs, strict=True)) < 1e-4
+
+
+@contextmanager
+def one_unit_off(sync: EngineSync, policy: PolicyWithSender, name: str, place: int) -> Iterator[None]:
+    """Inside, one number of one tensor is changed by one unit in the last place, in every server that gets weights."""
+    send = sync.shipment._send_buckets
+
+    async def then_spoil(run: Any, part: Any, *plan: Any) -> Any:
+        sent = await send(run, part, *plan)
+        tensor = policy.model.state_dict()[name].detach().clone()
+        tensor.view(-1).view(torch.int32)[place] += 1
+        for engine in part.engines.values():
+            await _put(engine, name, tensor)
+        return sent
+
+    sync.shipment._send_buckets = then_spoil
+    try:
+        yield
+    finally:
+        sync.shipment._send_buckets = send
+
+
+async def _put(engine: SGLangEngine, name: str, tensor: torch.Tensor) -> None:
+    """Loads one tensor into a server, past every proof."""
+    bucket = (Spec(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype),)
+    flat, _ = pack(bucket, [tensor], "cpu")
+    payloads, alive = bucket_payloads(bucket, flat, engine.facts.tensor_parallel)
+    await engine.begin_update()
+    await engine.update_from_tensors(payloads)
+    await engine.end_update()
+    del alive
 
 
 @asynccontextmanager

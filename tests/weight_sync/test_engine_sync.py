@@ -18,7 +18,7 @@ from skyrl_train.models.sharding import reshard
 from skyrl_train.weight_sync import surroundings
 from skyrl_train.weight_sync.engine_sync import EngineSync
 from skyrl_train.weight_sync.proof import ProofFailed
-from weight_sync.helpers import FAR, HERE, attach_to, syncing
+from weight_sync.helpers import FAR, HERE, attach_to, one_unit_off, syncing
 
 VERSIONS = ("0.5.17", "0.5.21")
 
@@ -110,44 +110,13 @@ def test_retract_is_not_used_where_it_ends_the_server(sglang_server, sglang_mode
     run(main)
 
 
-def perturb(policy: Any, name: str, place: int) -> tuple[str, torch.Tensor]:
-    """A copy of one tensor, one unit in the last place off."""
-    tensor = policy.model.state_dict()[name].detach().clone()
-    tensor.view(-1).view(torch.int32)[place] += 1
-    return name, tensor
-
-
-async def put(engine: SGLangEngine, name: str, tensor: torch.Tensor) -> None:
-    """Loads one tensor into a server, past every proof."""
-    from skyrl_train.engines.sglang.payloads import Spec, bucket_payloads, pack
-
-    bucket = (Spec(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype),)
-    flat, _ = pack(bucket, [tensor], "cpu")
-    payloads, alive = bucket_payloads(bucket, flat, engine.facts.tensor_parallel)
-    await engine.begin_update()
-    await engine.update_from_tensors(payloads)
-    await engine.end_update()
-    del alive
-
-
 class OneUnitOff(EngineSync):
     """After the weights, one tensor of the server is changed by one unit in the last place."""
 
     async def _deliver(self, engines, version):  # type: ignore[no-untyped-def]
         policy = self.workers._workers._hosts[0]._object  # type: ignore[attr-defined]
-        send, name = self.shipment._send_buckets, "model.layers.1.mlp.up_proj.weight"
-
-        async def then_spoil(run, part, *plan):  # type: ignore[no-untyped-def]
-            sent = await send(run, part, *plan)
-            for engine in part.engines.values():
-                await put(engine, *perturb(policy, name, 7))
-            return sent
-
-        self.shipment._send_buckets = then_spoil  # type: ignore[method-assign]
-        try:
+        with one_unit_off(self, policy, "model.layers.1.mlp.up_proj.weight", 7):
             return await super()._deliver(engines, version)
-        finally:
-            self.shipment._send_buckets = send  # type: ignore[method-assign]
 
 
 class BucketDropped(EngineSync):

@@ -14,10 +14,11 @@ from sglang_cpu.servers import SMALL
 
 from skyrl_train.engines.sglang.launch import SGLangServer
 from skyrl_train.engines.sglang.options import cpu_arguments, cpu_variables, inside_variables
+from skyrl_train.errors import WeightSyncError
 from skyrl_train.models.folders import save_pretrained
 from skyrl_train.models.tiny import make_model
 from skyrl_train.models.tokenizers import make_tokenizer
-from weight_sync.helpers import FAR, HERE, syncing
+from weight_sync.helpers import FAR, HERE, Syncing, one_unit_off, syncing
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "decoder_sparse_step": 1,
            "mlp_only_layers": []}  # fmt: skip
@@ -52,6 +53,16 @@ def make(folder: Path, changes: dict[str, Any]) -> None:
     save_pretrained(make_model(file, tokenizer, 1024).eval(), tokenizer, folder)
 
 
+async def one_rank_off(here: Syncing) -> None:
+    """Of one tensor, the last number lies on the last rank alone."""
+    here.sync.shipment._digests.taken.clear()  # SGLang's checker is asked: our loader tells before this change
+    wrong = r"1 of \d+ tensors .* model.layers.1.self_attn.qkv_proj.weight on rank 1"
+    spoiled = one_unit_off(here.sync, here.policy, "model.layers.1.self_attn.q_proj.weight", -1)
+    with spoiled, pytest.raises(WeightSyncError, match=wrong):
+        await here.sync.sync(3)
+    assert "e" in here.pool.quarantined()
+
+
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)])
 def test_what_ranks_hold(case: str, sglang_python: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     changes, split, around, proof = (CASES | SLOW)[case]
@@ -74,6 +85,8 @@ def test_what_ranks_hold(case: str, sglang_python: str, tmp_path: Path, caplog: 
             if proof == "both":
                 assert await here.answers_as_the_policy(here.engines["e"])
             assert here.sync.shipment._digests.told == set() or "pipeline stages" in caplog.text
+            if "tp_size" in split and "ep_size" not in split:
+                await one_rank_off(here)
         assert "own loader" not in (tmp_path / "engine.log").read_text(), "what was told to our loader fitted"
 
     asyncio.run(main())
