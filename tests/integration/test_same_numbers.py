@@ -85,12 +85,15 @@ def test_micro_batches_change_nothing_but_rounding(world: World, tmp_path: Path)
                 assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
 
 
-def test_two_ranks_give_the_numbers_of_one(spawn: Spawn, world: World, tmp_path: Path) -> None:
-    """Sharded over gloo, each rank with an engine that serves half of the prompts: the same tokens, and metrics equal
-    to 1e-3 of themselves, for sums are taken in another order. Two such runs are equal to the bit (test_killed.py)."""
+@pytest.mark.parametrize("parts", [1, 2])
+def test_two_ranks_give_the_numbers_of_one(spawn: Spawn, world: World, tmp_path: Path, parts: int) -> None:
+    """Sharded over gloo, with rows of their own or a part of each sequence; each rank has an engine that serves half
+    of the prompts: the same tokens, and metrics equal to 1e-3 of themselves, for sums are taken in another order. Two
+    such runs are equal to the bit (test_killed.py)."""
     more = ("trainer.policy.optimizer_config.lr=1e-4", "trainer.algorithm.old_logprobs=learner")
     one = world.train(tmp_path / "one", *more)
-    arguments = world.overrides(tmp_path / "two", *more, "trainer.placement.policy_num_gpus_per_node=2")
+    split = ("trainer.placement.policy_num_gpus_per_node=2", f"trainer.policy.sequence_parallel_size={parts}")
+    arguments = world.overrides(tmp_path / "two", *more, *split)
     command = spawn(*arguments, f"hydra.run.dir={tmp_path}/two/run")
     assert command.wait(120) == 0, command.err.read_text()
     two = Run(tmp_path / "two" / "run")
