@@ -81,6 +81,7 @@ async def _servers(
     config: Config, site: Site, updates: int, folder: Path, prompts: Sequence[Sequence[int]], stack: AsyncExitStack
 ) -> Sampled:
     from skyrl_train.engines.sglang.sources import sources, start_all
+    from skyrl_train.learner.model_worker import collective_timeout
     from skyrl_train.roles import PolicyWithSender
     from skyrl_train.weight_sync.engine_sync import EngineSync
     from skyrl_train.weight_sync.group import agree_with_servers
@@ -96,7 +97,8 @@ async def _servers(
     facts = (await workers.all("describe"))[0]
     policy = Policy(workers, parts=config.trainer.policy.sequence_parallel_size)
     colocated = generator.run_engines_locally and config.trainer.placement.colocate_all
-    residents = Residents(policy) if colocated and facts["device"].startswith("cuda") else None
+    shared = colocated and facts["device"].startswith("cuda")
+    residents = Residents(policy, collective_timeout(config)) if shared else None
     if residents:
         await residents.nobody()  # an engine takes its share of what it finds free
     for origin in origins:

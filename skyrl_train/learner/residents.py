@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+from skyrl_train.errors import WorkerError
 from skyrl_train.learner.policy import Handle
 
 
@@ -18,10 +19,11 @@ class Residents:
 
     Args:
         policy: it is needed for a weight sync.
+        timeout: seconds for one move (``trainer.collective_timeout``).
     """
 
-    def __init__(self, policy: Handle) -> None:
-        self.policy, self.others = policy, list[Handle]()
+    def __init__(self, policy: Handle, timeout: float) -> None:
+        self.policy, self.others, self._timeout = policy, list[Handle](), timeout
         self._seconds: dict[str, float] = {}
         self._bytes: dict[str, float] = {}
 
@@ -51,7 +53,20 @@ class Residents:
         return found
 
     async def _call(self, name: str, method: str, models: list[Handle]) -> None:
-        begun = time.monotonic()
-        moved = await asyncio.gather(*(model.workers.all(method) for model in models))
+        """
+        Raises:
+            WorkerError: workers did not finish in time.
+        """
+        begun, scope = time.monotonic(), asyncio.timeout(self._timeout)
+        try:
+            async with scope:
+                moved = await asyncio.gather(*(model.workers.all(method) for model in models))
+        except TimeoutError as error:
+            if not scope.expired():
+                raise
+            raise WorkerError(
+                f"the learner's models did not finish {method} (between a GPU and the host) within {self._timeout:g} s "
+                "(trainer.collective_timeout). A GPU hangs, or the host's memory is swapped to a disk."
+            ) from error
         self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - begun
         self._bytes[name] = self._bytes.get(name, 0.0) + sum(map(sum, moved))
