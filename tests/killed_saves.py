@@ -1,6 +1,6 @@
 """Saves that are killed before each of their file operations in turn. test_checkpoints.py runs this in its own process.
 
-python killed_saves.py FOLDER next|again|remote      prints how many operations a save has
+python killed_saves.py FOLDER next|again|remote|remote-again      prints how many operations a save has
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ def killed_before(operation: int, folder: Path | str, step: int, keep: int) -> b
 
 def main(here: Path, how: str) -> int:
     """``next``: step 3 after 1 and 2, keeping two. ``again``: step 2 once more, keeping that alone. ``remote``: as
-    ``next``, by way of fsspec."""
-    step, keep = (2, 1) if how == "again" else (3, 2)
-    folder = f"file://{here}" if how == "remote" else here
+    ``next``, by way of fsspec; ``remote-again``: as ``again``."""
+    step, keep = (2, 1) if how.endswith("again") else (3, 2)
+    folder = f"file://{here}" if how.startswith("remote") else here
     operation = 0
     while True:
         shutil.rmtree(here, ignore_errors=True)

@@ -26,7 +26,7 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(p.name.removeprefix("global_step_")) for p in folder.glob("global_step_*"))
 
 
-@pytest.mark.parametrize("how", ["next", "again", "remote"])
+@pytest.mark.parametrize("how", ["next", "again", "remote", "remote-again"])
 def test_a_kill_between_any_two_operations_leaves_a_whole_checkpoint(how: str, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), str(tmp_path / "ckpts"), how]
     environment = {"PYTHONPATH": str(SCRIPT.parents[1]), "PATH": ""}
@@ -379,3 +379,8 @@ def test_remote_folders_are_kept_found_and_forgotten_alike(tmp_path: Path) -> No
     assert restore(far) == (3, "3")
     save(far, 4, "again", keep=2)
     assert restore(far) == (4, "again")
+    (tmp_path / "deep" / "er" / "global_step_4" / "of_a_third_worker").write_text("old")
+    save(far, 4, "once more", keep=2)
+    assert restore(far) == (4, "once more")
+    left = sorted(p.name for p in (tmp_path / "deep" / "er" / "global_step_4").rglob("*") if p.is_file())
+    assert left == ["optimizer", "trainer.json", "weights"]

@@ -5,7 +5,8 @@ counts. A removal renames to ``global_step_3.removed`` first, so a killed remova
 a step is saved anew, the old one waits as ``global_step_12.replaced`` until the new one is in place.
 
 Object stores cannot rename a folder, so a remote one is whole once it has ``trainer.json``, which is written last and
-removed first.
+removed first. A step that is saved anew is written as ``global_step_12.again``, and moved when that is whole, file by
+file and ``trainer.json`` last; who finds that begun finishes it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from skyrl_train.storage.paths import filesystem, is_remote, sync, write_text
 LATEST = "latest_ckpt_global_step.txt"
 FACTS = "trainer.json"
 _STEP = re.compile(r"global_step_(\d+)")
+_CLEARED = "old_one_is_gone"
+_AGAIN = re.compile(r"global_step_(\d+)\.again")
 
 
 class StepFolders(Protocol):
@@ -39,7 +42,7 @@ class StepFolders(Protocol):
         ...
 
     def repair(self) -> None:
-        """Undoes a replacement that a kill cut in two."""
+        """Undoes, or finishes, a replacement that a kill cut in two."""
         ...
 
     def begin(self, step: int) -> str:
@@ -150,23 +153,50 @@ class RemoteStepFolders:
             return None
 
     def repair(self) -> None:
-        """Nothing is ever replaced here."""
+        self._files.invalidate_cache()
+        for match in filter(None, map(_AGAIN.fullmatch, self._names())):
+            if self._files.exists(f"{self._inner}/{match[0]}/{FACTS}"):
+                self._replace(int(match[1]))
 
     def begin(self, step: int) -> str:
-        whole = set(self.steps()) - {step}
+        self.repair()
+        whole = self.steps()
         for name in self._names():
             match = _STEP.fullmatch(name)
-            if match and int(match[1]) not in whole:
-                self.remove(int(match[1]))
-        self._files.makedirs(f"{self._inner}/global_step_{step}", exist_ok=True)
-        return self.path(step)
+            if _AGAIN.fullmatch(name) or (match and int(match[1]) not in whole):
+                self._remove(name)
+        name = f"global_step_{step}.again" if step in whole else f"global_step_{step}"
+        self._files.makedirs(f"{self._inner}/{name}", exist_ok=True)
+        return f"{self.root}/{name}"
 
     def commit(self, step: int, facts: str, parts: Iterable[str]) -> None:
-        write_text(self.path(step), FACTS, facts)
+        again = f"global_step_{step}.again"
+        self._files.invalidate_cache()
+        if self._files.exists(f"{self._inner}/{again}"):
+            write_text(f"{self.root}/{again}", FACTS, facts)
+            self._replace(step)
+        else:
+            write_text(self.path(step), FACTS, facts)
         write_text(self.root, LATEST, str(step))
 
     def remove(self, step: int) -> None:
-        folder = f"{self._inner}/global_step_{step}"
+        self._remove(f"global_step_{step}")
+
+    def _replace(self, step: int) -> None:
+        """Puts the whole ``again`` in the place of what is there, whole or begun."""
+        final, again = f"{self._inner}/global_step_{step}", f"{self._inner}/global_step_{step}.again"
+        if not self._files.exists(f"{again}/{_CLEARED}"):
+            if self._files.exists(final):
+                self._remove(f"global_step_{step}")
+            self._files.pipe_file(f"{again}/{_CLEARED}", b"")  # from here on, what is there is new
+        files = {str(file).removeprefix(f"{again}/") for file in self._files.find(again)} - {_CLEARED}
+        for name in sorted(files, key=lambda name: name == FACTS):
+            self._files.makedirs(f"{final}/{name}".rpartition("/")[0], exist_ok=True)
+            self._files.mv(f"{again}/{name}", f"{final}/{name}")
+        self._files.rm(again, recursive=True)
+
+    def _remove(self, name: str) -> None:
+        folder = f"{self._inner}/{name}"
         if self._files.exists(f"{folder}/{FACTS}"):
             self._files.rm_file(f"{folder}/{FACTS}")
         self._files.rm(folder, recursive=True)
