@@ -92,7 +92,11 @@ def summary(lines: list[dict[str, Any]], size: str) -> dict[str, Any]:
     rest = {n: v for n, v in found.items() if n.startswith("time/") and n not in (*WORK, "time/step")}
     rest["unnamed"] = round(whole - work - sum(rest.values()), 4)
     last = {n: lines[-1][n] for n in ("mismatch/mean", "policy/ratio_gap_first", "policy/grad_norm") if n in lines[-1]}
-    return {"step_s": whole, "share": round(work / whole, 4), "rest": rest, "metrics": found, "last": last}
+    alone = work - found.get("time/old_logprobs", 0.0)
+    return {
+        "step_s": whole, "share": round(work / whole, 4), "share_without_scoring": round(alone / whole, 4),
+        "rest": rest, "metrics": found, "last": last,
+    }  # fmt: skip
 
 
 def write_prompts(file: Path, count: int) -> Path:
