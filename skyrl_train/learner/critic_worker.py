@@ -52,7 +52,6 @@ class CriticWorker(LearningWorker):
     def _assemble(self) -> torch.nn.Module:
         source, prefix = self.config.trainer.critic.model.path, self.config.trainer.algorithm.value_head_prefix
         assert source is not None, "build makes a critic where there is a path"
-        self.recompute()
         self.values_model = ValueModel(self.model, source, prefix).eval()
         return self.values_model
 

@@ -88,6 +88,8 @@ class ModelWorker:
         self.compiled = self._compiles()
         if self.compiled:
             compile_layers(self.model)
+        if role != "ref":
+            self.recompute()  # of what is compiled
         if self.sharded:
             shard(self.module, self.ranks.mesh, self.section.fsdp_config, self.autocast_dtype)
 

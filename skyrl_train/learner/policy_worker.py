@@ -59,7 +59,6 @@ class PolicyWorker(LearningWorker, ScoringWorker):
         lora = self.config.trainer.policy.model.lora
         if lora.rank:
             add_adapter(self.model, lora, "trainer.policy.model.lora")
-        self.recompute()
         return self.model
 
     def describe(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import time
 
 from skyrl_train.errors import WorkerError
 from skyrl_train.learner.policy import Handle
+from skyrl_train.runtime.deadline import within
 
 
 class Residents:
@@ -57,16 +58,15 @@ class Residents:
         Raises:
             WorkerError: workers did not finish in time.
         """
-        begun, scope = time.monotonic(), asyncio.timeout(self._timeout)
-        try:
-            async with scope:
-                moved = await asyncio.gather(*(model.workers.all(method) for model in models))
-        except TimeoutError as error:
-            if not scope.expired():
-                raise
-            raise WorkerError(
+
+        def late() -> WorkerError:
+            return WorkerError(
                 f"the learner's models did not finish {method} (between a GPU and the host) within {self._timeout:g} s "
                 "(trainer.collective_timeout). A GPU hangs, or the host's memory is swapped to a disk."
-            ) from error
+            )
+
+        begun = time.monotonic()
+        async with within(self._timeout, late):
+            moved = await asyncio.gather(*(model.workers.all(method) for model in models))
         self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - begun
         self._bytes[name] = self._bytes.get(name, 0.0) + sum(map(sum, moved))

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from skyrl_train.models.recompute import Recomputed
 from skyrl_train.models.sharding import layers_of
 
 log = logging.getLogger("skyrl.models")
@@ -41,7 +40,6 @@ def compile_layers(model: Any, backend: Any = "inductor") -> int:
         changes.nested_graph_breaks = True
     layers = layers_of(model)
     for layer in layers:
-        place = layer.forward if isinstance(layer.forward, Recomputed) else layer
-        place.forward = torch.compile(place.forward, backend=backend)
+        layer.forward = torch.compile(layer.forward, backend=backend)
     log.info("%d layers of %s are compiled when they first run", len(layers), type(model).__name__)
     return len(layers)

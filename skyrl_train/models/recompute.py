@@ -31,7 +31,7 @@ _hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ig
 
 def recompute_activations(model: Any, *, mode: str, use_reentrant: bool) -> None:
     """Turns gradient checkpointing on, for every layer: what is around a layer's forward pass (FSDP2's hooks) stays
-    outside, and what it is made of can be compiled (``compiled.py``).
+    outside, and what was compiled before (``compiled.py``) inside.
 
     Args:
         mode: "full" or "selective".

@@ -176,17 +176,15 @@ def _packed(
 
 def _projected(model: PreTrainedModel, inputs: dict[str, Any], packed: Packed, head: Head) -> tuple[Tensor | None, ...]:
     """What ``head`` makes of the logits, without holding them."""
-    told: list[bool] = []
 
     def answer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         numbers = head.projected(hidden[0], weight, bias, packed)
-        told[:] = [values is not None for values in numbers]
         return torch.stack([values for values in numbers if values is not None], -1)[None]
 
     layer: Any = model.get_output_embeddings()
     with answering(layer, answer):
-        found = iter(model(**inputs).logits[0].unbind(-1))
-    return tuple(next(found) if is_told else None for is_told in told)
+        logprobs, *others = model(**inputs).logits[0].unbind(-1)
+    return (logprobs, *others) if head.with_entropy else (logprobs, None, *others)
 
 
 def sequences(batch: TrainBatch) -> tuple[list[np.ndarray], list[np.ndarray]]:

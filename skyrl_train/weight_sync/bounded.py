@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
 from skyrl_train.errors import WorkerError
 from skyrl_train.runtime.base import Workers
+from skyrl_train.runtime.deadline import within
 
 T = TypeVar("T")
 TIMES = 2
@@ -42,14 +42,12 @@ class BoundedWorkers:
 
     async def _within(self, what: str, answer: Awaitable[T]) -> T:
         """Raises WorkerError when the time is over; what the call itself raises passes through."""
-        scope = asyncio.timeout(self._timeout)
-        try:
-            async with scope:
-                return await answer
-        except TimeoutError as error:
-            if not scope.expired():
-                raise
-            raise WorkerError(
+
+        def late() -> WorkerError:
+            return WorkerError(
                 f"weight sync: the policy's workers did not finish {what} within {self._timeout:g} s, {TIMES} x "
                 "generator.weight_sync_timeout. A GPU, a network or a disk (generator.weight_sync_path) hangs."
-            ) from error
+            )
+
+        async with within(self._timeout, late):
+            return await answer

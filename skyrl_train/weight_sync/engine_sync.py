@@ -24,7 +24,6 @@ from skyrl_train.engines.sglang.control import HELD, PauseMode
 from skyrl_train.engines.sglang.engine import SGLangEngine
 from skyrl_train.errors import EngineError, WeightSyncError
 from skyrl_train.learner.residents import Residents
-from skyrl_train.runtime.background import Started
 from skyrl_train.runtime.base import Workers
 from skyrl_train.runtime.local import quick_turns
 from skyrl_train.weight_sync.adapters import AdapterSync
@@ -206,7 +205,7 @@ class EngineSync(WeightSync):
         await run.each("wake", lambda _, engine: engine.wake_up(["weights"]))
         await run.each("join", self._join)
         pause = asyncio.create_task(run.each("pause", self._pause))
-        half = Started(self._expected)
+        half: asyncio.Task[list[list[list[float]]]] | None = None
         try:
             names = list(run.engines) if self.adapters is None else self.adapters.without_base(run)
             shipped = await self.shipment.send(run, names, merged=self.adapters is None, after=pause)
@@ -216,19 +215,21 @@ class EngineSync(WeightSync):
             if self.adapters is not None:
                 await self.adapters.take()
             if self._probes and run.engines:
-                half.start()
+                half = asyncio.create_task(self._expected())
                 if self.residents:
                     await half
             if self.residents:
                 await self.residents.nobody()
             await self._finish(run, version)
-            if self._probes:
+            if half is not None:
                 await run.each("probe", lambda _, engine: self._probe(engine, half))
             if last:
                 await self.shipment.prove(run, shipped)
         finally:
-            pause.cancel()
-            await asyncio.gather(pause, half.given_up(), return_exceptions=True)
+            started = [pause] if half is None else [pause, half]
+            for task in started:
+                task.cancel()
+            await asyncio.gather(*started, return_exceptions=True)
         if self.adapters is not None:
             await self.adapters.unload_old(run)
         return run
