@@ -4,7 +4,7 @@
 
 The command line's own run: ``--prompts`` prompts of 8 samples, full answers (the end token is ignored), an update with
 the engine's memory given back, a weight sync with both proofs. The first step, which compiles, is left out. ``share``
-is the part of a step in which tokens are sampled or learned from; ``rest`` names the others, in seconds.
+is the part of a step in which tokens are sampled, scored or learned from; ``rest`` names the others, in seconds.
 """
 
 from __future__ import annotations
